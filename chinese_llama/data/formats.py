@@ -1,0 +1,179 @@
+"""Documents and records from files: .txt, .jsonl, .json, .parquet; the first three also .gz, .zst.
+
+Everything streams. A .txt file holds one document a line (empty lines are skipped); the others hold
+records with a field `text` (documents) or `instruction`, `input`, `output` (instructions).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import zstandard
+
+from chinese_llama.errors import BadFile, UserError
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+
+
+def documents(path: Path) -> Iterator[str]:
+    """The documents (non-empty texts) of a corpus file or of all corpus files in a directory.
+
+    Raises BadFile with the line for what cannot be read, and where there is no document at all.
+    """
+    found = False
+    for file in corpus_files(path):
+        for line, record in _records(file):
+            text = record if isinstance(record, str) else _text_field(file, line, record)
+            if text.strip():
+                found = True
+                yield text
+    if not found:
+        raise BadFile(path, "holds no text.")
+
+
+def instructions(path: Path) -> Iterator[dict[str, str]]:
+    """The records {"instruction", "input", "output"} of a file or directory; `input` may be absent.
+
+    Raises BadFile for a record without instruction or output, and where there is no record.
+    """
+    found = False
+    for file in corpus_files(path):
+        if _kind(file) == ".txt":
+            raise BadFile(file, "is plain text; instructions come as .jsonl, .json or .parquet records.")
+        for line, record in _records(file):
+            found = True
+            yield _instruction(file, line, record)
+    if not found:
+        raise BadFile(path, "holds no instructions.")
+
+
+def corpus_files(path: Path) -> list[Path]:
+    """`path` itself, or the corpus files below it if it is a directory, in order of name."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in SUFFIXES)
+        if not files:
+            raise BadFile(path, f"has no file that ends in {', '.join(SUFFIXES)} (or those + .gz, .zst).")
+        return files
+    if not path.is_file():
+        raise BadFile(path, "no such file.")
+    if _kind(path) not in SUFFIXES:
+        raise BadFile(path, f"unknown format; known are {', '.join(SUFFIXES)} (also + .gz, .zst).")
+    return [path]
+
+
+def as_paths(value: Any) -> list[Path]:
+    """A path or a list of paths, as a list."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not values or any(item is None for item in values):
+        raise UserError("no corpus is given.")
+    return [Path(str(item)) for item in values]
+
+
+def _kind(path: Path) -> str:
+    suffixes = path.suffixes
+    packed = suffixes[-1:] in (([".gz"]), ([".zst"]))
+    return (suffixes[:-1] if packed else suffixes)[-1] if len(suffixes) > packed else ""
+
+
+def _records(path: Path) -> Iterator[tuple[int | None, Any]]:
+    """(line number or None, text or record) of one file."""
+    kind = _kind(path)
+    if kind == ".parquet":
+        yield from _parquet(path)
+        return
+    if kind == ".json":
+        yield from _json(path)
+        return
+    for number, line in enumerate(_lines(path), 1):
+        if kind == ".txt":
+            yield number, line.rstrip("\r\n")
+        elif line.strip():
+            yield number, _parse(path, line, number)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of `path`, unpacked and decoded (UTF-8; a byte-order mark is dropped)."""
+    number = 0
+    try:
+        with open(path, "rb") as raw:
+            for number, line in enumerate(_unpacked(path, raw), 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        what = "is not UTF-8; convert it first (iconv -f GB18030 -t UTF-8)."
+        raise BadFile(path, what, number) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise BadFile(path, f"cannot be unpacked ({error}).") from error
+    except OSError as error:
+        raise BadFile(path, f"cannot be read ({error.strerror}).") from error
+
+
+def _unpacked(path: Path, raw: BinaryIO) -> Iterable[bytes]:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if path.suffix == ".zst":
+        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return io.BufferedReader(reader)  # type: ignore[arg-type]
+    return raw
+
+
+def _parse(path: Path, text: str, line: int | None) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        at = line if line is not None else getattr(error, "lineno", None)
+        raise BadFile(path, f"is not valid JSON ({getattr(error, 'msg', error)}).", at) from error
+
+
+def _json(path: Path) -> Iterator[tuple[None, Any]]:
+    loaded = _parse(path, "".join(_lines(path)), None)
+    if isinstance(loaded, dict) and isinstance(loaded.get("data"), list):
+        loaded = loaded["data"]
+    if not isinstance(loaded, list):
+        raise BadFile(path, "must hold a list of records.")
+    for record in loaded:
+        yield None, record
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in table.iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadFile(path, f"is not a readable Parquet file ({error}).") from error
+
+
+def _text_field(path: Path, line: int | None, record: Any) -> str:
+    if not isinstance(record, dict) or "text" not in record:
+        names = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise BadFile(path, f"has no field 'text' (found: {names or 'nothing'}).", line)
+    if not isinstance(record["text"], str):
+        raise BadFile(path, "the field 'text' is not text.", line)
+    return record["text"]
+
+
+def _instruction(path: Path, line: int | None, record: Any) -> dict[str, str]:
+    if not isinstance(record, dict):
+        raise BadFile(path, "is not a record with instruction and output.", line)
+    result = {}
+    for name in ("instruction", "input", "output"):
+        value = record.get(name) or ""
+        if not isinstance(value, str):
+            raise BadFile(path, f"the field {name!r} is not text.", line)
+        if not value.strip() and name != "input":
+            raise BadFile(path, f"has no {name!r}.", line)
+        result[name] = value
+    return result

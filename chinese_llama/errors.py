@@ -1,0 +1,40 @@
+"""What goes wrong because of the input: one sentence that says what, where and what to do.
+
+Every error of these kinds ends a command with exit code 2 and no traceback (`--debug` shows it).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """The input, not the program, is at fault; the message is shown to the user as it is."""
+
+
+class BadFile(UserError):
+    """A file cannot be used. The message starts with its path, and the line where there is one."""
+
+    def __init__(self, path: str | Path, what: str, line: int | None = None) -> None:
+        where = f"{path}, line {line}" if line is not None else str(path)
+        super().__init__(f"{where}: {what}")
+
+
+class OutputExists(UserError):
+    """The output is there already; it is never overwritten without being told to."""
+
+
+class DoesNotFit(UserError):
+    """Artifacts that do not belong together: another base, another tokenizer, a wrong order."""
+
+
+class Interrupted(UserError):
+    """Stopped by the user between two steps; the message says how to go on. Exit code 130."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean NAME?)' for the known name closest to `name`, else ''."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,1 @@
+"""Weights: reading and writing them tensor by tensor, growing the vocabulary, LoRA."""

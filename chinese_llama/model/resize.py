@@ -1,0 +1,156 @@
+"""Grow a base model's two vocabulary matrices for an extended tokenizer: the stage `extend-model`.
+
+Only the two matrices are rewritten; old rows keep their bits, everything else is copied.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+from chinese_llama.artifacts import (
+    MANIFEST,
+    Manifest,
+    input_record,
+    new_directory,
+    read_manifest,
+    stands,
+    write_manifest,
+    write_text,
+)
+from chinese_llama.errors import DoesNotFit, UserError
+from chinese_llama.model.initialise import METHODS, new_rows
+from chinese_llama.model.shards import EMBED, HEAD, Change, Weights, rewrite
+from chinese_llama.vocab.fast import FILES as TOKENIZER_FILES
+from chinese_llama.vocab.proto import CONTROL, encoder, read_model, tokenizer_model
+
+
+def extend_model(
+    base: Path,
+    tokenizer: Path,
+    output: Path,
+    init: str = "subword-mean",
+    pad_to_multiple_of: int = 1,
+    force: bool = False,
+    keep: bool = False,
+) -> Manifest:
+    """Write `base` with rows for the new pieces of `tokenizer` to `output`; return its manifest.
+
+    Raises DoesNotFit if the tokenizer does not extend the base's, UserError for unknown settings.
+    """
+    if init not in METHODS:
+        raise UserError(f"--init {init!r}: known are {', '.join(METHODS)}.")
+    if pad_to_multiple_of < 1:
+        raise UserError("--pad-to-multiple-of must be at least 1.")
+    source = Weights(base)
+    model = read_model(tokenizer_model(tokenizer))
+    old_size = base_vocab_size(base, tokenizer, model)
+    _check_rows(source, base, old_size)
+    rows = -(-len(model.pieces) // pad_to_multiple_of) * pad_to_multiple_of
+    manifest = Manifest(
+        "model",
+        "extend-model",
+        inputs={"base": input_record(base), "tokenizer": input_record(tokenizer)},
+        settings={"init": init, "pad_to_multiple_of": pad_to_multiple_of},
+        vocab_size=len(model.pieces),
+        metrics={"base_vocab_size": old_size, "rows": rows},
+    )
+    if keep and stands(output, manifest, force):
+        return read_manifest(output) or manifest
+    parts = decompose(model, old_size, rows)
+    names = [name for name in (EMBED, HEAD) if name in source]
+    changes = {name: _grown(source, name, old_size, rows, init, parts) for name in names}
+    with new_directory(output, force) as partial:
+        copy_other_files(base, partial)
+        copy_tokenizer(tokenizer, partial)
+        config = {**source.config(), "vocab_size": rows}
+        write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        rewrite(source, partial, changes, "extending")
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def base_vocab_size(base: Path, tokenizer: Path, model: model_pb2.ModelProto) -> int:
+    """How many of the tokenizer's first pieces are the base's: all ids from there on are new.
+
+    Raises DoesNotFit if the tokenizer beside the base is not the beginning of the extended one.
+    """
+    if (base / "tokenizer.model").is_file():
+        old = read_model(base / "tokenizer.model")
+        for index, piece in enumerate(old.pieces):
+            if index >= len(model.pieces) or model.pieces[index].piece != piece.piece:
+                raise DoesNotFit(
+                    f"{tokenizer} does not extend the tokenizer of {base}: id {index} is {piece.piece!r} "
+                    "there; run chinese-llama extend-vocab on this base."
+                )
+        if len(old.pieces) == len(model.pieces):
+            raise DoesNotFit(f"{tokenizer} has no more pieces than {base}; there is nothing to extend.")
+        return len(old.pieces)
+    manifest = read_manifest(tokenizer)
+    if manifest and "base_vocab_size" in manifest.metrics:
+        return int(manifest.metrics["base_vocab_size"])
+    raise DoesNotFit(
+        f"{base} has no tokenizer.model and {tokenizer} no manifest, so it is unknown which pieces are "
+        "new; put the base's tokenizer.model into it."
+    )
+
+
+def _check_rows(source: Weights, base: Path, old_size: int) -> None:
+    if EMBED not in source:
+        raise DoesNotFit(f"{base} has no tensor {EMBED}; only LLaMA-family models can be extended.")
+    for name in (EMBED, HEAD):
+        if name in source and source.meta(name)[0][0] < old_size:
+            raise DoesNotFit(
+                f"{base}: {name} has {source.meta(name)[0][0]:,} rows, its tokenizer {old_size:,} pieces."
+            )
+    if HEAD not in source and not source.config().get("tie_word_embeddings"):
+        raise DoesNotFit(f"{base} has no {HEAD} and config.json does not tie it to the embeddings.")
+
+
+def decompose(model: model_pb2.ModelProto, old_size: int, rows: int) -> list[list[int]]:
+    """For each row from `old_size` on, the old ids that its piece was tokenised into before.
+
+    Without the dummy prefix: no row gets a stray space. Control pieces and padding rows: [].
+    """
+    base = model_pb2.ModelProto()
+    base.CopyFrom(model)
+    del base.pieces[old_size:]
+    new = model.pieces[old_size:]
+    parts = encoder(base, dummy_prefix=False).encode([piece.piece for piece in new])
+    parts = [[] if piece.type == CONTROL else ids for piece, ids in zip(new, parts, strict=True)]
+    return parts + [[] for _ in range(rows - len(model.pieces))]
+
+
+def _grown(
+    source: Weights, name: str, old_size: int, rows: int, init: str, parts: list[list[int]]
+) -> Change:
+    (_, hidden), dtype = source.meta(name)
+
+    def make() -> torch.Tensor:
+        old = source.load(name)[:old_size]
+        return torch.cat([old, new_rows(init, old, parts).to(dtype)])
+
+    return Change((rows, hidden), dtype, make)
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy what lies beside the weights: no weights, no tokenizer, no manifest, no card."""
+    skip = {MANIFEST, "README.md", "config.json", *TOKENIZER_FILES}
+    for file in sorted(source.iterdir()):
+        is_weights = file.suffix in (".safetensors", ".bin", ".pth", ".pt") or file.name.endswith(".index.json")
+        if file.is_file() and file.name not in skip and not is_weights and not file.name.startswith("."):
+            shutil.copyfile(file, target / file.name)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files from one directory to another."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+

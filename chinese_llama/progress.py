@@ -1,0 +1,48 @@
+"""Progress bars on stderr, for work that takes longer than two seconds, where a person looks on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+PATIENCE = 2.0  # seconds
+
+
+def track(
+    items: Iterable[T], what: str, total: int | None = None, unit: str = "it", scale: bool = False
+) -> Iterator[T]:
+    """Yield `items`, showing a bar named `what` on a terminal once it has taken `PATIENCE` seconds."""
+    from tqdm import tqdm
+
+    bar = tqdm(
+        total=total,
+        desc=what,
+        unit=f" {unit}",
+        unit_scale=scale,
+        delay=PATIENCE,
+        leave=False,
+        disable=None,
+        file=sys.stderr,
+    )
+    with bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def say(line: str) -> None:
+    """One line of what is going on, to stderr (results go to stdout)."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def __str__(self) -> str:
+        return f"{time.monotonic() - self.start:.1f} s"

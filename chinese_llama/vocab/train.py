@@ -1,0 +1,97 @@
+"""Train the Chinese SentencePiece model from a corpus.
+
+Only runs of Chinese characters are shown to the trainer, so no piece holds a space, a digit or a
+Latin letter; nothing is normalised, so full-width punctuation stays what it is.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from chinese_llama.artifacts import Manifest, input_record, new_directory, stands, write_manifest
+from chinese_llama.data.formats import documents
+from chinese_llama.errors import UserError
+from chinese_llama.progress import track
+from chinese_llama.vocab.scripts import RUN
+
+MODEL = "chinese_sp.model"
+LONGEST_RUN = 1000  # characters; SentencePiece drops longer "sentences" without a word
+SENTENCES = 4_000_000  # kept in memory by the trainer, sampled from the whole stream
+
+
+def train_vocab(
+    corpus: list[Path],
+    output: Path,
+    vocab_size: int = 20_000,
+    model_type: str = "bpe",
+    force: bool = False,
+    keep: bool = False,
+) -> Path:
+    """Train `output`/chinese_sp.model with about `vocab_size` pieces; return `output`.
+
+    A corpus too small for that many pieces gives fewer. `keep` accepts an output that was made from
+    the same corpus and settings. Raises UserError for a corpus without Chinese.
+    """
+    if model_type not in ("bpe", "unigram"):
+        raise UserError(f"--model-type {model_type!r}: known are bpe and unigram.")
+    if vocab_size < 16:
+        raise UserError(f"--vocab-size {vocab_size}: a vocabulary needs at least 16 pieces.")
+    manifest = Manifest(
+        "sentencepiece",
+        "train-vocab",
+        inputs={f"corpus:{i}": input_record(path) for i, path in enumerate(corpus)},
+        settings={"vocab_size": vocab_size, "model_type": model_type},
+    )
+    if keep and stands(output, manifest, force):
+        return output
+    with new_directory(output, force) as partial:
+        counter = {"characters": 0}
+        (partial / MODEL).write_bytes(_train(_runs(corpus, counter), vocab_size, model_type, counter))
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(partial / MODEL))
+        manifest.vocab_size = processor.get_piece_size()
+        manifest.metrics = counter
+        write_manifest(partial, manifest)
+    return output
+
+
+def _runs(corpus: list[Path], counter: dict[str, int]) -> Iterator[str]:
+    for path in corpus:
+        for text in track(documents(path), f"reading {path.name}", unit="documents"):
+            for match in RUN.finditer(text):
+                run = match.group()
+                counter["characters"] += len(run)
+                for start in range(0, len(run), LONGEST_RUN):
+                    yield run[start : start + LONGEST_RUN]
+
+
+def _train(runs: Iterator[str], vocab_size: int, model_type: str, counter: dict[str, int]) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=runs,
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            character_coverage=0.9998,
+            hard_vocab_limit=False,
+            input_sentence_size=SENTENCES,
+            shuffle_input_sentence=True,
+            max_sentence_length=4 * LONGEST_RUN,
+            num_threads=1,  # the same pieces on every machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if not counter["characters"]:
+            raise UserError("The corpus holds no Chinese characters; give one that does.") from error
+        raise UserError(
+            f"A corpus of {counter['characters']:,} Chinese characters is too small for "
+            f"{vocab_size:,} pieces; give more text or a smaller --vocab-size."
+        ) from error
+    return model.getvalue()

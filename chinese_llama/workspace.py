@@ -1,0 +1,190 @@
+"""The workspace file `chinese-llama.yaml`: what a command line leaves out.
+
+It is found in the current directory or above it. Each section is named after the command that it
+speaks for; relative paths are relative to the file. A workspace needs `base`, a corpus and
+instructions; everything else has a default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chinese_llama.config import load_yaml, typed
+from chinese_llama.errors import UserError
+
+FILE = "chinese-llama.yaml"
+
+
+@dataclass
+class TrainVocab:
+    corpus: Any = None  # a path or a list of paths
+    vocab_size: int = 20_000
+    model_type: str = "bpe"
+    output: str = "work/chinese_sp"
+
+
+@dataclass
+class ExtendVocab:
+    chinese_sp: str | None = None  # default: what train_vocab makes
+    policy: str = "strict"
+    pad_token: str | None = None
+    output: str = "work/tokenizer"
+
+
+@dataclass
+class ExtendModel:
+    init: str = "subword-mean"
+    pad_to_multiple_of: int = 1
+    output: str = "work/extended"
+
+
+@dataclass
+class Merge:
+    loras: list[str] = field(default_factory=lambda: ["plus", "alpaca"])
+    output: str = "work/merged"
+
+
+@dataclass
+class Eval:
+    text: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Settings:
+    base: str | None = None
+    train_vocab: TrainVocab = field(default_factory=TrainVocab)
+    extend_vocab: ExtendVocab = field(default_factory=ExtendVocab)
+    extend_model: ExtendModel = field(default_factory=ExtendModel)
+    pt_lora: dict[str, Any] = field(default_factory=dict)
+    sft_lora: dict[str, Any] = field(default_factory=dict)
+    merge: Merge = field(default_factory=Merge)
+    eval: Eval = field(default_factory=Eval)
+    adapters: dict[str, str] = field(default_factory=dict)
+
+
+class Workspace:
+    """A loaded workspace file. `settings` are as written; the methods give whole paths."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file.absolute()
+        self.settings: Settings = typed(Settings, load_yaml(file), str(file))
+        self.settings.pt_lora.setdefault("output_dir", "work/plus")
+        self.settings.sft_lora.setdefault("output_dir", "work/alpaca")
+        self.settings.sft_lora.setdefault("adapters", ["plus"])
+
+    def path(self, value: str) -> Path:
+        """`value` relative to the workspace file."""
+        return self.file.parent / Path(value).expanduser()
+
+    def place(self, value: str) -> str:
+        """Like `path`, but a hub id ("org/name" that is no path here) stays as it is."""
+        path = self.path(value)
+        return value if value.count("/") == 1 and not path.exists() and value[0] not in "./~" else str(path)
+
+    def paths(self, value: Any) -> Any:
+        """Whole paths in a path, a list of paths, or a list of {path, weight}."""
+        if isinstance(value, list):
+            return [self.paths(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self.place(item) if key == "path" else item for key, item in value.items()}
+        return self.place(str(value))
+
+    def base(self) -> str:
+        if not self.settings.base:
+            raise UserError(f"{self.file} names no base: add `base: DIRECTORY` (the HF model to adapt).")
+        return self.place(self.settings.base)
+
+    def adapters(self) -> dict[str, str]:
+        """Names of this workspace's adapters and where they lie: those that its recipes make, and
+        those under `adapters:`."""
+        made = {
+            "plus": self.settings.pt_lora["output_dir"],
+            "alpaca": self.settings.sft_lora["output_dir"],
+        }
+        return {name: self.place(str(value)) for name, value in {**made, **self.settings.adapters}.items()}
+
+
+def find(start: Path | None = None) -> Workspace | None:
+    """The workspace of the nearest `chinese-llama.yaml` in or above `start` (default: here)."""
+    start = (start or Path.cwd()).absolute()
+    for directory in [start, *start.parents]:
+        if (directory / FILE).is_file():
+            return Workspace(directory / FILE)
+    return None
+
+
+def required(command: str, needs: str) -> Workspace:
+    """The workspace, for a command whose options leave `needs` out. Raises UserError if none."""
+    workspace = find()
+    if workspace is None:
+        raise UserError(
+            f"{command}: {needs} is missing and there is no {FILE} in or above {Path.cwd()}; "
+            f"give {needs}, or make a workspace with `chinese-llama init DIR`."
+        )
+    return workspace
+
+
+TEMPLATE = """\
+# Workspace of chinese-llama: what the commands below read where their options leave it out.
+# Relative paths are relative to this file. Run the commands in this order:
+#
+#   chinese-llama train-vocab               Chinese pieces from your corpus
+#   chinese-llama extend-vocab              your base's tokenizer with those pieces added
+#   chinese-llama extend-model              your base's weights with rows for them
+#   accelerate launch recipes/pt_lora.py    continued pretraining  -> adapter "plus"
+#   accelerate launch recipes/sft_lora.py   instruction tuning     -> adapter "alpaca"
+#   chinese-llama merge --loras plus,alpaca plain HF weights
+#   chinese-llama eval                      bits per character, base against result
+#
+# A step makes the ones before it that are still missing; a result that stands is kept.
+
+base: {base}               # the HF model to adapt: a directory, or a hub id
+
+train_vocab:
+  corpus: [{corpus}]       # .txt (a document a line), .jsonl, .json, .parquet; also .gz, .zst
+  vocab_size: 20000
+  output: work/chinese_sp
+
+extend_vocab:
+  # chinese_sp: FILE       # a Chinese SentencePiece model that you have; else train_vocab's
+  output: work/tokenizer
+
+extend_model:
+  output: work/extended
+
+pt_lora:                   # fields of recipes/pt_lora.py, TrainingArguments included
+  data: [{corpus}]         # or [{{path: zh.jsonl, weight: 0.8}}, {{path: en.jsonl, weight: 0.2}}]
+  block_size: 512
+  lora_r: 8
+  lora_alpha: 32
+  embeddings: new-rows
+  learning_rate: 2e-4
+  num_train_epochs: 1
+  output_dir: work/plus
+
+sft_lora:                  # fields of recipes/sft_lora.py
+  data: {instructions}     # records with instruction, input (may be empty), output
+  adapters: [plus]         # trained on base + plus
+  template: chinese-alpaca
+  max_seq_length: 512
+  learning_rate: 1e-4
+  num_train_epochs: 2
+  output_dir: work/alpaca
+
+merge:
+  loras: [plus, alpaca]
+  output: work/merged
+
+# eval:
+#   text: {{zh: held-out-zh.jsonl, en: held-out-en.jsonl}}
+
+# adapters:                # more names for --loras
+#   pro: path/to/adapter
+"""
+
+
+def template(base: str, corpus: str, instructions: str) -> str:
+    """The commented workspace file that `chinese-llama init` writes."""
+    return TEMPLATE.format(base=base, corpus=corpus, instructions=instructions)
