@@ -78,9 +78,7 @@ def identity_files(directory: Path) -> list[Path]:
     weights = weights or [n for n in names if n.startswith("pytorch_model") and n.endswith(".bin")]
     if weights:
         return [directory / name for name in weights]
-    return [
-        directory / name for name in names if name.startswith("tokenizer.") or name.endswith(".model")
-    ]
+    return [directory / name for name in names if name.startswith("tokenizer.") or name.endswith(".model")]
 
 
 def sha256_file(path: Path) -> str:
@@ -142,8 +140,7 @@ def stands(target: Path, wanted: Manifest, force: bool) -> bool:
     difference = _difference(found, wanted)
     if difference:
         raise OutputExists(
-            f"{target} was made with another {difference}; --force makes it again, "
-            "or give another output."
+            f"{target} was made with another {difference}; --force makes it again, or give another output."
         )
     return True
 
@@ -167,9 +164,7 @@ def check_output(target: Path, force: bool) -> None:
     if target.is_file() and not force:
         raise OutputExists(f"{target} is a file; give a directory that does not exist yet.")
     if target.is_dir() and any(target.iterdir()) and not force:
-        raise OutputExists(
-            f"{target} exists; --force replaces it, or give another output directory."
-        )
+        raise OutputExists(f"{target} exists; --force replaces it, or give another output directory.")
 
 
 @contextlib.contextmanager
@@ -188,7 +183,9 @@ def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
             _remove_stale(target)
             partial.mkdir()
         except OSError as error:
-            raise UserError(f"{target} cannot be written ({error.strerror}); give a writable output.") from error
+            raise UserError(
+                f"{target} cannot be written ({error.strerror}); give a writable output."
+            ) from error
         yield partial
         _sync_tree(partial)
         _replace(partial, target)
@@ -244,7 +241,11 @@ def _alive(pid: int) -> bool:
 
 
 def _sync_tree(directory: Path) -> None:
+    """Flush all files to disk; give them the usual permissions (safetensors writes 0600)."""
+    os.umask(mask := os.umask(0o022))
     for root, _, names in os.walk(directory):
+        for name in names:
+            (Path(root) / name).chmod(0o666 & ~mask)
         for name in [*names, "."]:
             handle = os.open(os.path.join(root, name), os.O_RDONLY)
             try:

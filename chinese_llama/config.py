@@ -48,6 +48,8 @@ def typed(cls: type[T], values: dict[str, Any], where: str) -> T:
     for name in values:
         if name not in names:
             raise UserError(f"{where}: unknown setting {name!r}{nearest(name, names)}.")
+    lists = {f.name for f in dataclasses.fields(cls) if str(f.type).startswith("list")}  # type: ignore[arg-type]
+    values = {k: [v] if k in lists and not isinstance(v, list) else v for k, v in values.items()}
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), values)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]

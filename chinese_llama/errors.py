@@ -6,7 +6,8 @@ Every error of these kinds ends a command with exit code 2 and no traceback (`--
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
@@ -38,3 +39,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """' (did you mean NAME?)' for the known name closest to `name`, else ''."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def report(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Run `main(argv)` and return its exit code, telling errors of this module in one sentence.
+
+    `--debug` among the arguments shows the traceback instead.
+    """
+    debug = "--debug" in argv
+    try:
+        main([word for word in argv if word != "--debug"])
+    except UserError as error:
+        if debug:
+            raise
+        print(f"Error: {error}" if not isinstance(error, Interrupted) else error, file=sys.stderr)
+        return 130 if isinstance(error, Interrupted) else 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("Stopped; nothing half-written is left.", file=sys.stderr)
+        return 130
+    return 0

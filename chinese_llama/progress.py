@@ -44,5 +44,5 @@ class Stopwatch:
     def __init__(self) -> None:
         self.start = time.monotonic()
 
-    def __str__(self) -> str:
-        return f"{time.monotonic() - self.start:.1f} s"
+    def seconds(self) -> float:
+        return time.monotonic() - self.start

@@ -13,6 +13,7 @@ from typing import Any
 
 from chinese_llama.config import load_yaml, typed
 from chinese_llama.errors import UserError
+from chinese_llama.hub import is_hub_id
 
 FILE = "chinese-llama.yaml"
 
@@ -67,21 +68,27 @@ class Settings:
 class Workspace:
     """A loaded workspace file. `settings` are as written; the methods give whole paths."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, values: dict[str, Any] | None = None) -> None:
         self.file = file.absolute()
-        self.settings: Settings = typed(Settings, load_yaml(file), str(file))
+        values = load_yaml(file) if values is None else values
+        self.settings: Settings = typed(Settings, values, str(file))
         self.settings.pt_lora.setdefault("output_dir", "work/plus")
         self.settings.sft_lora.setdefault("output_dir", "work/alpaca")
         self.settings.sft_lora.setdefault("adapters", ["plus"])
+
+    @classmethod
+    def empty(cls) -> Workspace:
+        """Defaults only, for a command line that leaves nothing out."""
+        return cls(Path(FILE), {})
 
     def path(self, value: str) -> Path:
         """`value` relative to the workspace file."""
         return self.file.parent / Path(value).expanduser()
 
     def place(self, value: str) -> str:
-        """Like `path`, but a hub id ("org/name" that is no path here) stays as it is."""
+        """Like `path`, but a hub id ("organisation/name" that is no path) stays as it is."""
         path = self.path(value)
-        return value if value.count("/") == 1 and not path.exists() and value[0] not in "./~" else str(path)
+        return value if is_hub_id(value) and not path.parent.exists() else str(path)
 
     def paths(self, value: Any) -> Any:
         """Whole paths in a path, a list of paths, or a list of {path, weight}."""
@@ -100,10 +107,10 @@ class Workspace:
         """Names of this workspace's adapters and where they lie: those that its recipes make, and
         those under `adapters:`."""
         made = {
-            "plus": self.settings.pt_lora["output_dir"],
-            "alpaca": self.settings.sft_lora["output_dir"],
+            "plus": str(self.path(self.settings.pt_lora["output_dir"])),
+            "alpaca": str(self.path(self.settings.sft_lora["output_dir"])),
         }
-        return {name: self.place(str(value)) for name, value in {**made, **self.settings.adapters}.items()}
+        return made | {name: self.place(value) for name, value in self.settings.adapters.items()}
 
 
 def find(start: Path | None = None) -> Workspace | None:

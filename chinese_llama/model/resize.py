@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
@@ -126,9 +125,7 @@ def decompose(model: model_pb2.ModelProto, old_size: int, rows: int) -> list[lis
     return parts + [[] for _ in range(rows - len(model.pieces))]
 
 
-def _grown(
-    source: Weights, name: str, old_size: int, rows: int, init: str, parts: list[list[int]]
-) -> Change:
+def _grown(source: Weights, name: str, old_size: int, rows: int, init: str, parts: list[list[int]]) -> Change:
     (_, hidden), dtype = source.meta(name)
 
     def make() -> torch.Tensor:
@@ -142,7 +139,9 @@ def copy_other_files(source: Path, target: Path) -> None:
     """Copy what lies beside the weights: no weights, no tokenizer, no manifest, no card."""
     skip = {MANIFEST, "README.md", "config.json", *TOKENIZER_FILES}
     for file in sorted(source.iterdir()):
-        is_weights = file.suffix in (".safetensors", ".bin", ".pth", ".pt") or file.name.endswith(".index.json")
+        is_weights = file.suffix in (".safetensors", ".bin", ".pth", ".pt") or file.name.endswith(
+            ".index.json"
+        )
         if file.is_file() and file.name not in skip and not is_weights and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
 
@@ -152,5 +151,3 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-

@@ -209,9 +209,7 @@ def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 def _target_names(files: list[Path]) -> dict[Path, str]:
     if len(files) == 1:
         return {files[0]: "model.safetensors"}
-    return {
-        file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files, 1)
-    }
+    return {file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files, 1)}
 
 
 class SafetensorsWriter:
@@ -234,7 +232,7 @@ class SafetensorsWriter:
         self._head = len(text).to_bytes(8, "little") + text
 
     def __enter__(self) -> SafetensorsWriter:
-        self._stream = open(self.path, "wb")  # noqa: SIM115 (closed in __exit__)
+        self._stream = open(self.path, "wb")
         self._stream.write(self._head)
         return self
 

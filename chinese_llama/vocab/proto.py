@@ -63,9 +63,7 @@ def read_base(path: Path) -> model_pb2.ModelProto:
     return model
 
 
-def encoder(
-    model: model_pb2.ModelProto, dummy_prefix: bool = True
-) -> sentencepiece.SentencePieceProcessor:
+def encoder(model: model_pb2.ModelProto, dummy_prefix: bool = True) -> sentencepiece.SentencePieceProcessor:
     """A processor for `model`; without the dummy prefix, text is not put behind a space."""
     if not dummy_prefix:
         copy = model_pb2.ModelProto()

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import sentencepiece
 
-from chinese_llama.artifacts import Manifest, input_record, new_directory, stands, write_manifest
+from chinese_llama.artifacts import (
+    Manifest,
+    input_record,
+    new_directory,
+    read_manifest,
+    stands,
+    write_manifest,
+)
 from chinese_llama.data.formats import documents
 from chinese_llama.errors import UserError
 from chinese_llama.progress import track
@@ -30,8 +37,8 @@ def train_vocab(
     model_type: str = "bpe",
     force: bool = False,
     keep: bool = False,
-) -> Path:
-    """Train `output`/chinese_sp.model with about `vocab_size` pieces; return `output`.
+) -> Manifest:
+    """Train `output`/chinese_sp.model with about `vocab_size` pieces; return its manifest.
 
     A corpus too small for that many pieces gives fewer. `keep` accepts an output that was made from
     the same corpus and settings. Raises UserError for a corpus without Chinese.
@@ -47,7 +54,7 @@ def train_vocab(
         settings={"vocab_size": vocab_size, "model_type": model_type},
     )
     if keep and stands(output, manifest, force):
-        return output
+        return read_manifest(output) or manifest
     with new_directory(output, force) as partial:
         counter = {"characters": 0}
         (partial / MODEL).write_bytes(_train(_runs(corpus, counter), vocab_size, model_type, counter))
@@ -55,7 +62,7 @@ def train_vocab(
         manifest.vocab_size = processor.get_piece_size()
         manifest.metrics = counter
         write_manifest(partial, manifest)
-    return output
+    return manifest
 
 
 def _runs(corpus: list[Path], counter: dict[str, int]) -> Iterator[str]:

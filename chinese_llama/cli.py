@@ -1,0 +1,418 @@
+"""The command `chinese-llama`: thin; what works is imported inside each command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from chinese_llama import __version__, workspace
+from chinese_llama.errors import UserError, report
+
+app = typer.Typer(
+    name="chinese-llama",
+    help="Teach a LLaMA-family model Chinese.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Output = Annotated[
+    Path | None, typer.Option(help="Directory to write; must not exist yet.", show_default="the workspace's")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Base = Annotated[
+    Path | None, typer.Option(help="The base model or its tokenizer.", show_default="the workspace's")
+]
+EXAMPLES = "\n\n[bold]Examples[/bold]\n\n"
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _workspace_for(command: str, given: dict[str, Any], *needed: str) -> workspace.Workspace:
+    """The workspace; needed where one of `needed` is not given. With everything given, an empty one
+    serves."""
+    missing = [name for name in needed if name not in given]
+    if missing:
+        options = " and ".join("--" + name.replace("_", "-") for name in missing)
+        return workspace.required(command, options)
+    return workspace.find() or workspace.Workspace.empty()
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"chinese-llama {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog=EXAMPLES
+    + "chinese-llama init my-model --base models/llama-7b --corpus zh.jsonl.gz --instructions alpaca_zh.json"
+)
+def init(
+    directory: Annotated[Path, typer.Argument(help="Directory of the new workspace.")],
+    base: Annotated[
+        str, typer.Option(help="The HF model to adapt: a directory or a hub id.")
+    ] = "path/to/base",
+    corpus: Annotated[str, typer.Option(help="Chinese text.")] = "path/to/zh.jsonl",
+    instructions: Annotated[str, typer.Option(help="Instruction records.")] = "path/to/instructions.jsonl",
+    force: Force = False,
+) -> None:
+    """Write a commented chinese-llama.yaml for your own base and corpus."""
+    from chinese_llama.artifacts import write_text
+
+    file = directory / workspace.FILE
+    if file.exists() and not force:
+        raise UserError(f"{file} exists; --force replaces it.")
+    places = [os.path.abspath(p) if Path(p).exists() else p for p in (base, corpus, instructions)]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written ({error.strerror}).") from error
+    write_text(file, workspace.template(*places))
+    typer.echo(
+        f"{file} is written. Check base, corpus and data in it; then, in {directory}:\n  chinese-llama extend-vocab"
+    )
+
+
+@app.command(
+    "train-vocab",
+    epilog=EXAMPLES
+    + "chinese-llama train-vocab --corpus zh.jsonl.gz --corpus books.txt --output work/chinese_sp --vocab-size 20000",
+)
+def train_vocab(
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text: .txt, .jsonl, .json, .parquet; also .gz, .zst. May be repeated.",
+            show_default="the workspace's",
+        ),
+    ] = None,
+    output: Output = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Pieces to train.", show_default="20000")] = None,
+    model_type: Annotated[str | None, typer.Option(help="bpe or unigram.", show_default="bpe")] = None,
+    force: Force = False,
+) -> None:
+    """Train a Chinese SentencePiece model on a corpus."""
+    from chinese_llama import stages
+    from chinese_llama.vocab.train import MODEL
+
+    given = _given(corpus=corpus or None, output=output, vocab_size=vocab_size, model_type=model_type)
+    made, manifest = stages.trained_vocab(
+        _workspace_for("train-vocab", given, "corpus", "output"), given, force
+    )
+    typer.echo(
+        f"{made / MODEL}: {manifest.vocab_size:,} pieces from {manifest.metrics['characters']:,} Chinese characters."
+    )
+
+
+@app.command(
+    "extend-vocab",
+    epilog=EXAMPLES
+    + "chinese-llama extend-vocab --base models/llama-7b --chinese-sp work/chinese_sp/chinese_sp.model --output work/tokenizer\n\n"
+    + "chinese-llama extend-vocab                 [dim]# in a workspace[/dim]",
+)
+def extend_vocab(
+    base: Base = None,
+    chinese_sp: Annotated[
+        Path | None, typer.Option(help="A Chinese SentencePiece model.", show_default="the workspace's")
+    ] = None,
+    output: Output = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="strict: nothing but Chinese changes, no dead piece; reference: as Chinese-LLaMA was merged.",
+            show_default="strict",
+        ),
+    ] = None,
+    pad_token: Annotated[
+        str | None, typer.Option(help="Add a padding token, such as '\\[PAD]'.", show_default="none")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Merge Chinese pieces into the base's tokenizer, and prove the result."""
+    from chinese_llama import stages
+
+    given = _given(base=base, chinese_sp=chinese_sp, output=output, policy=policy, pad_token=pad_token)
+    space = _workspace_for("extend-vocab", given, "base", "chinese_sp", "output")
+    made, told = stages.extended_tokenizer(space, given, force)
+    typer.echo(
+        f"{made}: {told['base_vocab_size']:,} pieces + {told['new_pieces']:,} = {told['vocab_size']:,}."
+    )
+    if told["policy"] == "strict":
+        typer.echo(
+            f"  repaired {len(told['repaired']):,}, dropped {len(told['dropped']):,} of the Chinese model's pieces."
+        )
+    checks = told["checks"]
+    typer.echo(
+        f"  dead pieces {len(checks['dead']):,}; on the probe texts: readers disagree {checks['disagreements']}, "
+        f"changed without Chinese {checks['changed']}, longer {checks['longer']}."
+    )
+
+
+@app.command(
+    "audit-vocab",
+    epilog=EXAMPLES
+    + "chinese-llama audit-vocab --tokenizer work/tokenizer --base models/llama-7b --corpus zh.jsonl.gz --corpus en.jsonl.gz",
+)
+def audit_vocab(
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer's directory.")],
+    corpus: Annotated[list[Path], typer.Option(help="Text to tokenise. May be repeated.")],
+    base: Annotated[Path | None, typer.Option(help="The base's tokenizer, to compare with.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """What a tokenizer makes of a corpus: lengths, dead and unused pieces, disagreeing readers."""
+    from chinese_llama.vocab import audit
+
+    told = audit.audit_vocab(tokenizer, corpus, base)
+    typer.echo(
+        f"{tokenizer}: {told['vocab_size']:,} pieces; dead {len(told['dead']):,}, unused here {len(told['unused']):,}."
+    )
+    for name, file in told["files"].items():
+        line = f"  {name}: {file['characters_per_token']:.3f} characters per token"
+        if base:
+            line += f" (base {file['base_characters_per_token']:.3f}), changed without Chinese {file['changed']:,}, longer {file['longer']:,}"
+        typer.echo(
+            f"{line}; readers disagree on {file['disagreements']:,} of {file['documents']:,} documents."
+        )
+    for problem, texts in told["examples"].items():
+        typer.echo(f"  first of '{problem}': {texts[0][:80]!r}")
+    _write_json(json_file, told)
+
+
+@app.command(
+    "extend-model",
+    epilog=EXAMPLES
+    + "chinese-llama extend-model --base models/llama-7b --tokenizer work/tokenizer --output work/extended",
+)
+def extend_model(
+    base: Base = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The extended tokenizer.", show_default="the workspace's")
+    ] = None,
+    output: Output = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="How new rows start: subword-mean, mean-resizing, random.", show_default="subword-mean"
+        ),
+    ] = None,
+    pad_to_multiple_of: Annotated[
+        int | None, typer.Option(help="Round the rows up.", show_default="1")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Grow the base's vocabulary matrices for the extended tokenizer."""
+    from chinese_llama import stages
+
+    given = _given(
+        base=base, tokenizer=tokenizer, output=output, init=init, pad_to_multiple_of=pad_to_multiple_of
+    )
+    space = _workspace_for("extend-model", given, "base", "tokenizer", "output")
+    made, manifest = stages.extended_model(space, given, force)
+    typer.echo(
+        f"{made}: {manifest.metrics['base_vocab_size']:,} -> {manifest.metrics['rows']:,} rows ({manifest.settings['init']})."
+    )
+
+
+@app.command(
+    epilog=EXAMPLES
+    + "chinese-llama merge --loras plus,alpaca    [dim]# in a workspace[/dim]\n\n"
+    + "chinese-llama merge --base work/extended --loras plus=work/plus,alpaca=work/alpaca --output work/merged"
+)
+def merge(
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="The weights that the first adapter was trained on.",
+            show_default="the workspace's extended model",
+        ),
+    ] = None,
+    loras: Annotated[
+        str | None,
+        typer.Option(
+            help="Adapters in order: names, directories, hub ids, or name=directory.",
+            show_default="the workspace's",
+        ),
+    ] = None,
+    output: Output = None,
+    force: Force = False,
+) -> None:
+    """Bake LoRA adapters into base weights; the result is a plain HF model."""
+    from chinese_llama import stages
+
+    given = _given(base=base, loras=loras, output=output)
+    made, manifest = stages.merged_model(
+        _workspace_for("merge", given, "base", "loras", "output"), given, force
+    )
+    metrics = manifest.metrics
+    typer.echo(
+        f"{made}: {' + '.join(manifest.settings['loras'])} merged into {manifest.inputs['base']['path']}; "
+        f"{metrics['changed_tensors']} of {metrics['tensors']} tensors changed, {metrics['rows']:,} rows."
+    )
+
+
+@app.command(
+    "eval",
+    epilog=EXAMPLES
+    + "chinese-llama eval --model work/merged --text zh=zh.jsonl --text en=en.jsonl --json figures.json\n\n"
+    + "chinese-llama eval                         [dim]# in a workspace: base and merged[/dim]",
+)
+def evaluate(
+    model: Annotated[
+        str | None, typer.Option(help="Model directory or hub id.", show_default="the workspace's")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE. May be repeated.", show_default="the workspace's")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Bits per character and per byte of texts: comparable between tokenizers."""
+    from chinese_llama import stages
+
+    given = _given(model=model, text=text or None)
+    models, sets = stages.evaluation(_workspace_for("eval", given, "model", "text"), given)
+    from chinese_llama.evaluate.bits import evaluate as run
+    from chinese_llama.model.load import quiet_libraries
+
+    quiet_libraries()
+    told: list[dict[str, Any]] = []
+    for place in models:
+        told.append(run(place, sets))
+        typer.echo(place)
+        for name, figures in told[-1]["sets"].items():
+            typer.echo(
+                f"  {name}: {figures['bits_per_character']:.3f} bits per character, {figures['bits_per_byte']:.3f} bits per byte, "
+                f"perplexity {figures['perplexity']:.2f} per token, {figures['characters_per_token']:.3f} characters per token"
+            )
+    _write_json(json_file, told[0] if len(told) == 1 else {"models": told})
+
+
+@app.command(epilog=EXAMPLES + "chinese-llama generate --model work/merged --prompt '中国的首都是哪里？'")
+def generate(
+    prompt: Annotated[str, typer.Option(help="A question, or the beginning of a text for a base model.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model directory or hub id.", show_default="the workspace's merged model"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as text, even if the model has a template.")
+    ] = False,
+) -> None:
+    """Answer one prompt."""
+    place, loaded, tokenizer = _load("generate", model)
+    from chinese_llama.evaluate.generate import answer
+
+    typer.echo(answer(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, raw))
+
+
+@app.command(epilog=EXAMPLES + "chinese-llama chat --model work/merged")
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model directory or hub id.", show_default="the workspace's merged model"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+) -> None:
+    """Talk to a model; each question stands alone. An empty line or Ctrl-D ends it."""
+    place, loaded, tokenizer = _load("chat", model)
+    from chinese_llama.evaluate.generate import model_input, stream
+
+    typer.echo(f"{place} (empty line or Ctrl-D ends)")
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            question = ""
+        if not question:
+            return
+        ids = model_input(tokenizer, question)
+        for part in stream(loaded, tokenizer, ids, max_new_tokens, temperature):
+            typer.echo(part, nl=False)
+        typer.echo()
+
+
+@app.command(epilog=EXAMPLES + "chinese-llama quickstart\n\nchinese-llama chat")
+def quickstart(
+    directory: Annotated[
+        Path, typer.Argument(help="Workspace to make: chinese-llama.yaml and quickstart/.")
+    ] = Path(),
+    force: Force = False,
+) -> None:
+    """The whole way at toy size, on text that comes with the package: some minutes on a CPU."""
+    from chinese_llama.quickstart.pipeline import run
+
+    run(directory, force)
+
+
+def _load(command: str, model: str | None) -> tuple[str, Any, Any]:
+    if model is None:
+        space = workspace.required(command, "--model")
+        model = str(space.path(space.settings.merge.output))
+        if not Path(model).is_dir():
+            raise UserError(
+                f"{model} does not exist yet; make it with chinese-llama merge --loras plus,alpaca."
+            )
+    from chinese_llama.model.load import check_pair, device, load_model, load_tokenizer, quiet_libraries
+
+    quiet_libraries()
+    tokenizer, loaded = load_tokenizer(model), load_model(model)
+    check_pair(loaded, tokenizer, model)
+    return model, loaded.to(device()), tokenizer
+
+
+def _write_json(file: Path | None, content: Any) -> None:
+    if file is not None:
+        from chinese_llama.artifacts import write_text
+
+        write_text(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point: exit code 0, 1 (a check that fails), 2 (bad input), 130 (stopped)."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(report(lambda argv: app(_repeated(argv)), sys.argv[1:]))
+
+
+def _repeated(argv: Sequence[str]) -> list[str]:
+    """`--corpus a b` as `--corpus a --corpus b`: lists are written as users write them."""
+    words: list[str] = []
+    option = ""
+    for word in argv:
+        if word.startswith("-"):
+            option = word if word in ("--corpus", "--text") else ""
+        elif option and words[-1] != option:
+            words.append(option)
+        words.append(word)
+    return words

@@ -1,0 +1,1 @@
+"""LoRA adapters baked into base weights."""

@@ -1,0 +1,98 @@
+"""Models and tokenizers from directories (or hub ids), with the checks that users miss."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from chinese_llama.artifacts import read_manifest
+from chinese_llama.errors import BadFile, DoesNotFit
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries from printing what a user can do nothing about."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def load_tokenizer(place: str | Path) -> Any:
+    """The fast tokenizer of a directory or hub id. Raises BadFile where there is none."""
+    from transformers import AutoTokenizer
+
+    _check_place(place, ("tokenizer.json", "tokenizer.model"), "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=Path(place).is_dir())
+    except Exception as error:  # transformers raises many kinds
+        raise BadFile(place, f"has no tokenizer that loads ({_first_line(error)}).") from error
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise BadFile(place, "the tokenizer names no bos or eos token (tokenizer_config.json).")
+    return tokenizer
+
+
+def load_model(place: str | Path, dtype: str = "auto") -> Any:
+    """The causal language model of a directory or hub id, on the CPU, in evaluation mode.
+
+    `dtype` "auto": bfloat16 where a GPU with bfloat16 is present, else float32.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _check_place(place, ("config.json",), "model")
+    if dtype == "auto":
+        gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if gpu else "float32"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(place), dtype=getattr(torch, dtype), local_files_only=Path(place).is_dir()
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise BadFile(place, f"is not a model that loads ({_first_line(error)}).") from error
+    return model.eval()
+
+
+def check_pair(model: Any, tokenizer: Any, place: str | Path) -> None:
+    """Raise DoesNotFit if the tokenizer has ids that the model has no rows for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise DoesNotFit(
+            f"The tokenizer has {len(tokenizer):,} pieces, {place} only {rows:,} rows; grow it first with "
+            "chinese-llama extend-model."
+        )
+
+
+def first_new_id(*places: str | Path) -> int | None:
+    """The first id that extend-vocab added, from the manifest of a model or a tokenizer."""
+    for place in places:
+        manifest = read_manifest(Path(place)) if Path(place).is_dir() else None
+        if manifest and "base_vocab_size" in manifest.metrics:
+            return int(manifest.metrics["base_vocab_size"])
+    return None
+
+
+def device() -> str:
+    """Where models run: the first GPU, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_place(place: str | Path, files: tuple[str, ...], what: str) -> None:
+    path = Path(place)
+    if path.is_dir():
+        if not any((path / file).is_file() for file in files):
+            raise BadFile(path, f"holds no {what} (no {' or '.join(files)}).")
+    elif path.exists() or str(place).count("/") != 1 or str(place)[0] in "./~":
+        raise BadFile(path, f"is no directory with a {what}.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

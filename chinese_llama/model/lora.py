@@ -1,0 +1,58 @@
+"""LoRA and trainable vocabulary rows on a model, as PEFT saves and loads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chinese_llama.errors import DoesNotFit, UserError
+
+
+def lora_config(
+    model: Any,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: list[str],
+    embeddings: str,
+    new_ids: list[int],
+) -> Any:
+    """A peft.LoraConfig. `embeddings`: "new-rows" trains the rows `new_ids` of both matrices,
+    "full" all rows, "frozen" none. Tied matrices stay tied."""
+    from peft import LoraConfig
+
+    tied = bool(model.config.tie_word_embeddings)
+    matrices = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    extra: dict[str, Any] = {}
+    if embeddings == "new-rows":
+        if not new_ids:
+            raise UserError(
+                "embeddings: new-rows, but no manifest says which rows are new; use a base made by "
+                "chinese-llama extend-model, or embeddings: full or frozen."
+            )
+        extra["trainable_token_indices"] = dict.fromkeys(matrices, new_ids)
+    elif embeddings == "full":
+        extra["modules_to_save"] = matrices
+    if extra and tied:
+        extra["ensure_weight_tying"] = True
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        **extra,
+    )
+
+
+def add_lora(model: Any, config: Any) -> Any:
+    """A PeftModel of `model`; trainable parameters are float32. Raises DoesNotFit for targets that
+    the model does not have."""
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        targets = ", ".join(sorted(config.target_modules))
+        raise DoesNotFit(f"lora_target_modules: the model has none of {targets}.") from error

@@ -1,0 +1,127 @@
+"""The toy's base: a tiny LLaMA with a tokenizer that behaves like LLaMA's, pretrained on English."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from chinese_llama.artifacts import (
+    Manifest,
+    input_record,
+    new_directory,
+    read_manifest,
+    stands,
+    write_manifest,
+)
+from chinese_llama.data.formats import documents
+from chinese_llama.data.packing import pack_documents
+from chinese_llama.vocab.fast import write_tokenizer
+from chinese_llama.vocab.proto import model_pb2
+
+CONFIG = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+VOCAB_SIZE = 2000
+BLOCK_SIZE = 128
+TRAINING = {
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.1,
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 10,
+    "logging_steps": 20,
+    "seed": 42,
+}
+
+
+def english_tokenizer(corpus: Path) -> model_pb2.ModelProto:
+    """A SentencePiece-BPE model like LLaMA's: single digits, byte fallback, dummy prefix, text kept
+    as it is."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in documents(corpus) for line in text.split("\n") if line),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+    )
+    proto = model_pb2.ModelProto()
+    proto.ParseFromString(model.getvalue())
+    return proto
+
+
+def make_base(corpus: Path, output: Path, force: bool = False) -> Manifest:
+    """Write the toy base to `output` (kept if it stands), pretrained on the documents of `corpus`."""
+    manifest = Manifest(
+        "model",
+        "quickstart",
+        inputs={"corpus": input_record(corpus)},
+        settings={**CONFIG, **TRAINING, "block_size": BLOCK_SIZE},
+        vocab_size=VOCAB_SIZE,
+    )
+    if stands(output, manifest, force):
+        return read_manifest(output) or manifest
+    with new_directory(output, force) as partial:
+        proto = english_tokenizer(corpus)
+        write_tokenizer(partial, proto, None)
+        model, log = _pretrain(proto, corpus, partial)
+        model.save_pretrained(str(partial))
+        manifest.metrics = {"log": log, "parameters": model.num_parameters()}
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def _pretrain(
+    proto: model_pb2.ModelProto, corpus: Path, directory: Path
+) -> tuple[Any, list[dict[str, float]]]:
+    """The trained model and its loss by step."""
+    import datasets
+    import transformers
+
+    from chinese_llama.train.callbacks import Bar
+    from chinese_llama.vocab.proto import encoder
+
+    transformers.set_seed(int(TRAINING["seed"]))  # type: ignore[call-overload]
+    config = transformers.LlamaConfig(vocab_size=len(proto.pieces), dtype="float32", **CONFIG)
+    model = transformers.LlamaForCausalLM(config)
+    processor = encoder(proto)
+    bos, eos = processor.bos_id(), processor.eos_id()
+    ids = ([bos, *processor.encode(text), eos] for text in documents(corpus))
+    blocks = datasets.Dataset.from_list(list(pack_documents(ids, BLOCK_SIZE, eos))).with_format("torch")
+    arguments = transformers.TrainingArguments(
+        output_dir=str(directory / ".trainer"),
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **TRAINING,
+    )
+    model.config.use_cache = False
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=blocks,
+        data_collator=transformers.default_data_collator,
+        callbacks=[Bar("base")],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    model.config.use_cache = True
+    log = [{"step": e["step"], "loss": e["loss"]} for e in trainer.state.log_history if "loss" in e]
+    return model.cpu(), log

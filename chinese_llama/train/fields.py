@@ -1,0 +1,142 @@
+"""The fields of the recipes, and where their values come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from chinese_llama import stages, workspace
+from chinese_llama.config import load_yaml, parse_fields, typed
+from chinese_llama.errors import UserError, nearest
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
+EMBEDDINGS = ("new-rows", "full", "frozen")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class Fields:
+    """Fields of both recipes; `TrainingArguments` has the others.
+
+    `embeddings`: which rows of the vocabulary train: those of the new pieces, all, or none.
+    `adapters`: baked into the base before training, in order. `dtype`: of the frozen weights; auto
+    is bfloat16 on a GPU that has it, else float32. `force`: replace an output that is there.
+    """
+
+    model_name_or_path: str = ""
+    tokenizer_name_or_path: str | None = None  # default: the one beside the model
+    data: Any = None  # a path, a list of paths, or a list of {path, weight}
+    output_dir: str = ""
+    lora_r: int = 8
+    lora_alpha: float = 32
+    lora_dropout: float = 0.05
+    lora_target_modules: list[str] = field(default_factory=lambda: list(PROJECTIONS))
+    embeddings: str = "new-rows"
+    adapters: list[str] = field(default_factory=list)
+    dtype: str = "auto"
+    force: bool = False
+
+
+@dataclass
+class PretrainingFields(Fields):
+    block_size: int = 512
+
+
+@dataclass
+class TuningFields(Fields):
+    template: str = "chinese-alpaca"
+    max_seq_length: int = 512
+
+
+F = TypeVar("F", bound=Fields)
+
+
+@dataclass
+class Recipe(Generic[F]):
+    """A resolved recipe: our fields, TrainingArguments' fields, and the workspace it was run in.
+
+    `keep`: the output is the workspace's own, so one that stands is kept.
+    """
+
+    name: str
+    fields: F
+    training: dict[str, Any]
+    workspace: workspace.Workspace | None
+    keep: bool
+
+
+def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[str]) -> Recipe[F]:
+    """The recipe `name` from `--config FILE --field value ...` and the workspace.
+
+    Without --config, the workspace's section is the configuration; with it, the workspace only
+    fills in the places (model, data, output) that are left out. Raises UserError.
+    """
+    file, given = parse_fields(argv)
+    found = workspace.find()
+    where = str(file) if file else str(found.file) if found else "command line"
+    section = _section(found, name)
+    values = {**(load_yaml(file) if file else section), **given}
+    keep = "output_dir" not in values if file else "output_dir" not in given
+    for place in ("data", "output_dir", "adapters"):
+        if place not in values and place in section:
+            values[place] = section[place]
+    if not values.get("model_name_or_path"):
+        needed = "--model_name_or_path"
+        values["model_name_or_path"] = str(stages.base_for_training(workspace.required(name, needed)))
+    for place in ("data", "output_dir"):
+        if not values.get(place):
+            raise UserError(
+                f"{name}: --{place} is missing; give it, or set {name}.{place} in {workspace.FILE}."
+            )
+    ours = {f.name for f in dataclasses.fields(cls)}
+    fields = typed(cls, {key: value for key, value in values.items() if key in ours}, where)
+    _check(fields, where)
+    training = {**defaults, **{key: value for key, value in values.items() if key not in ours}}
+    return Recipe(name, fields, training, found, keep and found is not None)
+
+
+def _section(found: workspace.Workspace | None, name: str) -> dict[str, Any]:
+    """The workspace's section of a recipe, its paths made whole."""
+    if found is None:
+        return {}
+    section = dict(getattr(found.settings, name))
+    for place in ("model_name_or_path", "tokenizer_name_or_path", "data"):
+        if section.get(place) is not None:
+            section[place] = found.paths(section[place])
+    section["output_dir"] = str(found.path(section["output_dir"]))
+    return section
+
+
+def _check(fields: Fields, where: str) -> None:
+    for name, known in (("embeddings", EMBEDDINGS), ("dtype", DTYPES)):
+        value = getattr(fields, name)
+        if value not in known:
+            raise UserError(
+                f"{where}: {name}: {value!r} is none of {', '.join(known)}{nearest(value, known)}."
+            )
+    length = getattr(fields, "block_size", None) or getattr(fields, "max_seq_length", None)
+    for name, number in (("lora_r", fields.lora_r), ("block_size or max_seq_length", length)):
+        if number is None or number < 1:
+            raise UserError(f"{where}: {name} must be at least 1.")
+
+
+def training_arguments(recipe: Recipe[Any], directory: Path) -> Any:
+    """transformers' TrainingArguments for a run that works in `directory`.
+
+    Raises UserError for an unknown field or a value that transformers refuses.
+    """
+    from transformers import TrainingArguments
+
+    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    ours = [f.name for f in dataclasses.fields(recipe.fields)]
+    for name in recipe.training:
+        if name not in known:
+            hint = nearest(name, [*known, *ours])
+            raise UserError(f"{recipe.name}: {name!r} is no field of this recipe or TrainingArguments{hint}.")
+    try:
+        return TrainingArguments(**recipe.training, output_dir=str(directory))
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"{recipe.name}: {str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,65 @@
+"""Instruction tuning with LoRA, on the base with the adapters below it baked in.
+
+    accelerate launch recipes/sft_lora.py                                 # in a workspace
+    accelerate launch recipes/sft_lora.py --config recipes/configs/sft_7b_24gb.yaml \\
+        --model_name_or_path work/extended --adapters plus=work/plus \\
+        --data alpaca_zh.jsonl --output_dir work/alpaca
+
+Only answers (and the end of text after them) are learnt. Fields are those of
+chinese_llama.train.fields.TuningFields and of transformers' TrainingArguments.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from chinese_llama.errors import report
+
+DEFAULTS = {
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # below 1: a share of all steps
+    "weight_decay": 0.0,
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 2,
+    "logging_steps": 10,
+    "save_steps": 200,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "remove_unused_columns": False,
+    "disable_tqdm": True,
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, build, train, save."""
+    from chinese_llama.data.templates import find_template
+    from chinese_llama.train.fields import TuningFields, resolve
+
+    recipe = resolve("sft_lora", TuningFields, DEFAULTS, argv)
+    fields = recipe.fields
+    template = find_template(fields.template)
+
+    from chinese_llama.model.load import quiet_libraries
+    from chinese_llama.train.session import run
+
+    quiet_libraries()
+
+    def blocks(tokenizer: Any, path: Path) -> Iterable[dict[str, list[int]]]:
+        from chinese_llama.data.formats import instructions
+        from chinese_llama.data.packing import pack_samples
+        from chinese_llama.data.templates import sample
+        from chinese_llama.progress import track
+
+        records = track(instructions(path), f"packing {path.name}", unit="records")
+        samples = (sample(tokenizer, template, record) for record in records)
+        return pack_samples(samples, fields.max_seq_length, tokenizer.eos_token_id)
+
+    run(recipe, fields.max_seq_length, blocks, settings={"chat_template": template})
+
+
+if __name__ == "__main__":
+    sys.exit(report(main, sys.argv[1:]))
