@@ -8,6 +8,7 @@ was made from (sha256), with which settings, and what was measured.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -61,7 +62,9 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
     """Hash the identity files of `directory` into `manifest` and write it there."""
-    manifest.files = {path.name: _file_record(path) for path in identity_files(directory)}
+    manifest.files = {
+        path.relative_to(directory).as_posix(): _file_record(path) for path in identity_files(directory)
+    }
     manifest.sha256 = _digest(manifest.files)
     manifest.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     write_text(directory / MANIFEST, json.dumps(asdict(manifest), ensure_ascii=False, indent=1) + "\n")
@@ -69,7 +72,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
 
 
 def identity_files(directory: Path) -> list[Path]:
-    """The files whose bytes make `directory` what it is: weights, adapter, or tokenizer."""
+    """The files whose bytes make `directory` what it is: an adapter, weights, or a tokenizer; all
+    files below it where it is none of these (a corpus)."""
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     adapter = [name for name in names if name in ADAPTER_FILES]
     if adapter:
@@ -78,7 +82,10 @@ def identity_files(directory: Path) -> list[Path]:
     weights = weights or [n for n in names if n.startswith("pytorch_model") and n.endswith(".bin")]
     if weights:
         return [directory / name for name in weights]
-    return [directory / name for name in names if name.startswith("tokenizer.") or name.endswith(".model")]
+    tokenizer = [name for name in names if name.startswith("tokenizer.") or name.endswith(".model")]
+    if tokenizer:
+        return [directory / name for name in tokenizer]
+    return sorted(file for file in directory.rglob("*") if file.is_file() and file.name != MANIFEST)
 
 
 def sha256_file(path: Path) -> str:
@@ -99,15 +106,18 @@ def identity(path: Path) -> str:
     path = Path(path)
     if path.is_file():
         return sha256_file(path)
+    if not path.is_dir():
+        raise BadFile(path, "no such file or directory.")
     manifest = read_manifest(path)
     known = manifest.files if manifest else {}
     records = {}
     for file in identity_files(path):
-        record, stat = known.get(file.name), file.stat()
+        name = file.relative_to(path).as_posix()
+        record, stat = known.get(name), file.stat()
         if record and (record["bytes"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
-            records[file.name] = record
+            records[name] = record
         else:
-            records[file.name] = _file_record(file)
+            records[name] = _file_record(file)
     return _digest(records)
 
 
@@ -161,6 +171,12 @@ def _difference(found: Manifest, wanted: Manifest) -> str:
 
 def check_output(target: Path, force: bool) -> None:
     """Raise OutputExists if `target` is there (an empty directory is not), unless `force`."""
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _unwritable(target, error) from error
     if target.is_file() and not force:
         raise OutputExists(f"{target} is a file; give a directory that does not exist yet.")
     if target.is_dir() and any(target.iterdir()) and not force:
@@ -183,9 +199,7 @@ def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
             _remove_stale(target)
             partial.mkdir()
         except OSError as error:
-            raise UserError(
-                f"{target} cannot be written ({error.strerror}); give a writable output."
-            ) from error
+            raise _unwritable(target, error) from error
         yield partial
         _sync_tree(partial)
         _replace(partial, target)
@@ -206,10 +220,12 @@ def write_text(path: Path, text: str) -> None:
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise UserError(f"{path} cannot be written ({error.strerror}).") from error
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written ({error.strerror}).") from error
+        raise
 
 
 def _make_parents(target: Path) -> list[Path]:
@@ -218,19 +234,32 @@ def _make_parents(target: Path) -> list[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}); give a writable output.") from error
+        raise _unwritable(target, error) from error
     return missing
 
 
+def _unwritable(target: Path, error: OSError) -> UserError:
+    return UserError(f"{target} cannot be written ({error.strerror}); give a writable output.")
+
+
 def _remove_stale(target: Path) -> None:
-    """Remove what killed runs of this tool left beside `target`."""
-    for partial in target.parent.glob(f".{target.name}.*.partial"):
-        pid = partial.name.split(".")[-2]
-        if partial.is_dir() and pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(partial, ignore_errors=True)
+    """Remove what killed runs of this tool left beside `target`; put back what one had moved aside."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        pid, kind = left.name.split(".")[-2:]
+        if kind not in ("partial", "old") or not pid.isdigit() or _alive(int(pid)):
+            continue
+        if kind == "old" and not target.exists():
+            os.rename(left, target)
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
 
 
 def _alive(pid: int) -> bool:
+    """True for another process that runs; this one leaves nothing behind that it still needs."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -247,20 +276,25 @@ def _sync_tree(directory: Path) -> None:
         for name in names:
             (Path(root) / name).chmod(0o666 & ~mask)
         for name in [*names, "."]:
-            handle = os.open(os.path.join(root, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _sync(Path(root) / name)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _replace(partial: Path, target: Path) -> None:
     """Rename `partial` to `target`; an old target is moved aside first and then removed."""
     old = target.parent / f".{target.name}.{os.getpid()}.old"
-    if target.exists():
+    if target.exists() or target.is_symlink():
         os.rename(target, old)
     os.rename(partial, target)
-    if old.is_dir():
+    _sync(target.parent)
+    if old.is_dir() and not old.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
     else:
         old.unlink(missing_ok=True)

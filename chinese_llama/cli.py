@@ -262,12 +262,10 @@ def merge(
     force: Force = False,
 ) -> None:
     """Bake LoRA adapters into base weights; the result is a plain HF model."""
-    from chinese_llama import stages
+    from chinese_llama.merging.stage import merged_model
 
     given = _given(base=base, loras=loras, output=output)
-    made, manifest = stages.merged_model(
-        _workspace_for("merge", given, "base", "loras", "output"), given, force
-    )
+    made, manifest = merged_model(_workspace_for("merge", given, "base", "loras", "output"), given, force)
     metrics = manifest.metrics
     typer.echo(
         f"{made}: {' + '.join(manifest.settings['loras'])} merged into {manifest.inputs['base']['path']}; "
@@ -291,10 +289,10 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Bits per character and per byte of texts: comparable between tokenizers."""
-    from chinese_llama import stages
+    from chinese_llama.evaluate.sets import evaluation
 
     given = _given(model=model, text=text or None)
-    models, sets = stages.evaluation(_workspace_for("eval", given, "model", "text"), given)
+    models, sets = evaluation(_workspace_for("eval", given, "model", "text"), given)
     from chinese_llama.evaluate.bits import evaluate as run
     from chinese_llama.model.load import quiet_libraries
 
@@ -326,7 +324,7 @@ def generate(
     ] = False,
 ) -> None:
     """Answer one prompt."""
-    place, loaded, tokenizer = _load("generate", model)
+    _, loaded, tokenizer = _load("generate", model)
     from chinese_llama.evaluate.generate import answer
 
     typer.echo(answer(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, raw))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,7 +26,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
     Raises BadFile where the file is missing, is not YAML, or holds something else.
     """
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        text = Path(path).read_text(encoding="utf-8")
+        if text.strip() and not isinstance(yaml.safe_load(text), (dict, type(None))):
+            raise BadFile(path, "must hold `name: value` lines.")
+        loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except BadFile:
+        raise
     except FileNotFoundError as error:
         raise BadFile(path, "no such file.") from error
     except OSError as error:
@@ -53,9 +59,19 @@ def typed(cls: type[T], values: dict[str, Any], where: str) -> T:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), values)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        name = getattr(error, "full_key", None) or "?"
-        raise UserError(f"{where}: {name}: {str(error).splitlines()[0]}.") from error
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        name = getattr(error, "full_key", None) or _culprit(cls, values)
+        raise UserError(f"{where}: {name}: {str(error).splitlines()[0].rstrip('.')}.") from error
+
+
+def _culprit(cls: type, values: dict[str, Any]) -> str:
+    """The name of the first value that does not fit on its own."""
+    for name, value in values.items():
+        try:
+            OmegaConf.merge(OmegaConf.structured(cls), {name: value})
+        except Exception:
+            return name
+    return "?"
 
 
 def parse_fields(argv: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:

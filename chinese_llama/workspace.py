@@ -7,6 +7,7 @@ instructions; everything else has a default.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class ExtendModel:
 
 @dataclass
 class Merge:
-    loras: list[str] = field(default_factory=lambda: ["plus", "alpaca"])
+    loras: Any = field(default_factory=lambda: ["plus", "alpaca"])  # a list, or "plus,alpaca"
     output: str = "work/merged"
 
 
@@ -71,10 +72,12 @@ class Workspace:
     def __init__(self, file: Path, values: dict[str, Any] | None = None) -> None:
         self.file = file.absolute()
         values = load_yaml(file) if values is None else values
+        values = {name: value for name, value in values.items() if value is not None}
         self.settings: Settings = typed(Settings, values, str(file))
-        self.settings.pt_lora.setdefault("output_dir", "work/plus")
-        self.settings.sft_lora.setdefault("output_dir", "work/alpaca")
-        self.settings.sft_lora.setdefault("adapters", ["plus"])
+        pt, sft = self.settings.pt_lora, self.settings.sft_lora
+        pt["output_dir"] = pt.get("output_dir") or "work/plus"
+        sft["output_dir"] = sft.get("output_dir") or "work/alpaca"
+        sft.setdefault("adapters", ["plus"])
 
     @classmethod
     def empty(cls) -> Workspace:
@@ -194,4 +197,5 @@ merge:
 
 def template(base: str, corpus: str, instructions: str) -> str:
     """The commented workspace file that `chinese-llama init` writes."""
-    return TEMPLATE.format(base=base, corpus=corpus, instructions=instructions)
+    quoted = (json.dumps(place, ensure_ascii=False) for place in (base, corpus, instructions))
+    return TEMPLATE.format(**dict(zip(("base", "corpus", "instructions"), quoted, strict=True)))

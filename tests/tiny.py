@@ -72,9 +72,7 @@ def write_base(directory: Path, proto: model_pb2.ModelProto, tied: bool = False,
         **config,
     }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(proto.pieces), tie_word_embeddings=tied, **settings)
-    )
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(proto.pieces), tie_word_embeddings=tied, **settings))
     model.save_pretrained(str(directory))
     write_tokenizer(directory, proto, None)
     return directory

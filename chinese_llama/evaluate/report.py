@@ -33,13 +33,20 @@ def text(told: dict[str, Any]) -> str:
     lines += [f"{stage:14}" + "".join(f"{cell:>28}" for cell in cells) for stage, cells in rows(told)]
     lines += ["", _right(told), ""]
     for sample in told["samples"]:
-        lines.append(f"[{sample['model']}] {_one_line(sample['question'])}\n    {_one_line(sample['answer'])}")
+        lines.append(
+            f"[{sample['model']}] {_one_line(sample['question'])}\n    {_one_line(sample['answer'])}"
+        )
     return "\n".join([*lines, ""])
 
 
 def markdown(told: dict[str, Any]) -> str:
     """The report as Markdown."""
-    lines = [f"# {told['title']}", "", "| | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
+    lines = [
+        f"# {told['title']}",
+        "",
+        "| | " + " | ".join(COLUMNS) + " |",
+        "| --- |" + " ---: |" * len(COLUMNS),
+    ]
     lines += [f"| {stage} | " + " | ".join(cells) + " |" for stage, cells in rows(told)]
     lines += ["", NOTE, "", _right(told), "", "| model | question | answer |", "| --- | --- | --- |"]
     for sample in told["samples"]:
@@ -130,9 +137,17 @@ def _plots(told: dict[str, Any]) -> list[str]:
 
     grey = "#888888"
     style = {
-        "svg.fonttype": "none", "text.color": grey, "axes.labelcolor": grey, "axes.edgecolor": grey,
-        "xtick.color": grey, "ytick.color": grey, "axes.titlecolor": grey, "font.size": 10,
-        "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "chinese_llama",
+        "svg.fonttype": "none",
+        "text.color": grey,
+        "axes.labelcolor": grey,
+        "axes.edgecolor": grey,
+        "xtick.color": grey,
+        "ytick.color": grey,
+        "axes.titlecolor": grey,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": "chinese_llama",
     }
     labels = [NAMES[stage].replace("after ", "") for stage in told["stages"]]
     zh = [sets["zh"] for sets in told["stages"].values()]

@@ -24,7 +24,7 @@ from chinese_llama.vocab.proto import model_pb2
 CONFIG = {
     "hidden_size": 192,
     "intermediate_size": 512,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
@@ -32,13 +32,13 @@ CONFIG = {
 VOCAB_SIZE = 2000
 BLOCK_SIZE = 128
 TRAINING = {
-    "learning_rate": 2e-3,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.1,
-    "per_device_train_batch_size": 8,
-    "num_train_epochs": 10,
-    "logging_steps": 20,
+    "per_device_train_batch_size": 2,
+    "num_train_epochs": 7,
+    "logging_steps": 50,
     "seed": 42,
 }
 

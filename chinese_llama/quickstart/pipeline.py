@@ -35,6 +35,7 @@ def run(directory: Path, force: bool = False) -> dict[str, Any]:
     _prepare(directory, force)
     os.chdir(directory)
     workspace = Workspace(Path(FILE))
+    from chinese_llama.merging.stage import merged_model
     from chinese_llama.model.load import quiet_libraries
     from chinese_llama.quickstart.base import make_base
 
@@ -47,7 +48,7 @@ def run(directory: Path, force: bool = False) -> dict[str, Any]:
             stage(workspace, {}, True)
     for name in ("pt_lora", "sft_lora"):
         recipe(name).main(["--force", "true"] if force else [])
-    stages.merged_model(workspace, {}, force)
+    merged_model(workspace, {}, force)
 
     from chinese_llama.evaluate import report
 
@@ -105,7 +106,9 @@ def measure(workspace: Workspace) -> dict[str, Any]:
     held_out = workspace.path("quickstart/text/instructions_heldout.jsonl")
     for name, model, tokenizer in _models(workspace):
         say(f"measuring {name}")
-        told["stages"][name] = {s: evaluate_text(model, tokenizer, documents(file)) for s, file in sets.items()}
+        told["stages"][name] = {
+            s: evaluate_text(model, tokenizer, documents(file)) for s, file in sets.items()
+        }
         if name not in ("base", "merged"):
             continue
         right = 0

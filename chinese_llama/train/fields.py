@@ -14,6 +14,7 @@ from chinese_llama.errors import UserError, nearest
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 EMBEDDINGS = ("new-rows", "full", "frozen")
+NUMBERS = ("int", "float", "<class 'int'>", "<class 'float'>")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -84,8 +85,7 @@ def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[st
         if place not in values and place in section:
             values[place] = section[place]
     if not values.get("model_name_or_path"):
-        needed = "--model_name_or_path"
-        values["model_name_or_path"] = str(stages.base_for_training(workspace.required(name, needed)))
+        found = workspace.required(name, "--model_name_or_path")
     for place in ("data", "output_dir"):
         if not values.get(place):
             raise UserError(
@@ -94,6 +94,8 @@ def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[st
     ours = {f.name for f in dataclasses.fields(cls)}
     fields = typed(cls, {key: value for key, value in values.items() if key in ours}, where)
     _check(fields, where)
+    if not fields.model_name_or_path and found:
+        fields.model_name_or_path = str(stages.base_for_training(found))
     training = {**defaults, **{key: value for key, value in values.items() if key not in ours}}
     return Recipe(name, fields, training, found, keep and found is not None)
 
@@ -136,6 +138,10 @@ def training_arguments(recipe: Recipe[Any], directory: Path) -> Any:
         if name not in known:
             hint = nearest(name, [*known, *ours])
             raise UserError(f"{recipe.name}: {name!r} is no field of this recipe or TrainingArguments{hint}.")
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(TrainingArguments)}
+    for name, value in recipe.training.items():
+        if kinds[name] in NUMBERS and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(f"{recipe.name}: {name}: {value!r} is not a number.")
     try:
         return TrainingArguments(**recipe.training, output_dir=str(directory))
     except (TypeError, ValueError, ImportError) as error:

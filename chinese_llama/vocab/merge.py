@@ -8,7 +8,15 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from chinese_llama.artifacts import Manifest, input_record, new_directory, stands, write_manifest, write_text
+from chinese_llama.artifacts import (
+    Manifest,
+    check_output,
+    input_record,
+    new_directory,
+    stands,
+    write_manifest,
+    write_text,
+)
 from chinese_llama.errors import UserError
 from chinese_llama.vocab import audit
 from chinese_llama.vocab.fast import write_tokenizer
@@ -38,6 +46,8 @@ def extend_vocab(
     if policy not in POLICIES:
         raise UserError(f"--policy {policy!r}: known are {', '.join(POLICIES)}.")
     base_model, chinese = read_base(base), read_model(chinese_sp)
+    if not keep:
+        check_output(output, force)
     if pad_token is not None:
         _check_pad(pad_token, base_model, chinese)
     manifest = Manifest(

@@ -57,7 +57,7 @@ def train_vocab(
         return read_manifest(output) or manifest
     with new_directory(output, force) as partial:
         counter = {"characters": 0}
-        (partial / MODEL).write_bytes(_train(_runs(corpus, counter), vocab_size, model_type, counter))
+        (partial / MODEL).write_bytes(_train(corpus, vocab_size, model_type, counter))
         processor = sentencepiece.SentencePieceProcessor(model_file=str(partial / MODEL))
         manifest.vocab_size = processor.get_piece_size()
         manifest.metrics = counter
@@ -75,11 +75,20 @@ def _runs(corpus: list[Path], counter: dict[str, int]) -> Iterator[str]:
                     yield run[start : start + LONGEST_RUN]
 
 
-def _train(runs: Iterator[str], vocab_size: int, model_type: str, counter: dict[str, int]) -> bytes:
+def _train(corpus: list[Path], vocab_size: int, model_type: str, counter: dict[str, int]) -> bytes:
     model = io.BytesIO()
+    failure: list[BaseException] = []  # SentencePiece makes a RuntimeError of what its source raises
+
+    def runs() -> Iterator[str]:
+        try:
+            yield from _runs(corpus, counter)
+        except BaseException as error:
+            failure.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=runs,
+            sentence_iterator=runs(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -94,11 +103,15 @@ def _train(runs: Iterator[str], vocab_size: int, model_type: str, counter: dict[
             num_threads=1,  # the same pieces on every machine
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except Exception as error:
+        if failure:
+            raise failure[0] from None
         if not counter["characters"]:
             raise UserError("The corpus holds no Chinese characters; give one that does.") from error
         raise UserError(
             f"A corpus of {counter['characters']:,} Chinese characters is too small for "
             f"{vocab_size:,} pieces; give more text or a smaller --vocab-size."
         ) from error
+    if failure:
+        raise failure[0]
     return model.getvalue()

@@ -1,0 +1,136 @@
+"""Generation: transformers' greedy ids, whole characters, an end at eos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from chinese_llama.data.templates import find_template, prompt_ids
+from chinese_llama.errors import UserError
+from chinese_llama.evaluate.generate import answer, model_input, stream
+from chinese_llama.model.load import load_model, load_tokenizer
+
+BYTES = range(3, 259)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: Path) -> Any:
+    return load_tokenizer(base)
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> Any:
+    """The pico base, its byte pieces made unlikely, so that what it says is text."""
+    model = load_model(base, "float32")
+    with torch.no_grad():
+        model.lm_head.weight[list(BYTES)] = 0
+    return model
+
+
+def parrot(tokenizer: Any, said: Sequence[int]) -> Any:
+    """A model that says the (different) ids `said` after bos, whatever came before: each id's
+    embedding passes through unchanged, and the head looks up its successor."""
+    settings = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    model = LlamaForCausalLM(settings).eval()
+    with torch.no_grad():
+        embeddings = torch.randn(len(tokenizer), 256, generator=torch.Generator().manual_seed(0))
+        model.model.embed_tokens.weight.copy_(embeddings)
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for now, then in zip([tokenizer.bos_token_id, *said], said, strict=False):
+            model.lm_head.weight[then] = embeddings[now]
+    return model
+
+
+def byte_ids(tokenizer: Any, text: str) -> list[int]:
+    return [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in text.encode()]
+
+
+def parts(model: Any, tokenizer: Any, limit: int = 20) -> list[str]:
+    return list(stream(model, tokenizer, [tokenizer.bos_token_id], limit, 0.0))
+
+
+@pytest.mark.parametrize("prompt", ["The quick", "She sells sea shells by", "Water", "["])
+def test_greedy_is_what_transformers_generates(model: Any, tokenizer: Any, prompt: str) -> None:
+    ids = model_input(tokenizer, prompt)
+    wanted = model.generate(
+        torch.tensor([ids]), max_new_tokens=40, do_sample=False, pad_token_id=0,
+        eos_token_id=tokenizer.eos_token_id,
+    )[0, len(ids) :]  # fmt: skip
+    said = list(stream(model, tokenizer, ids, 40, 0.0))
+    assert "".join(said) == tokenizer.decode(wanted, skip_special_tokens=True)
+    assert "".join(said).strip()
+    assert answer(model, tokenizer, prompt, 40) == "".join(said).strip()
+
+
+def test_parts_are_whole_characters(tokenizer: Any) -> None:
+    text = "中国🙂"
+    model = parrot(tokenizer, [*byte_ids(tokenizer, text), tokenizer.eos_token_id])
+    assert parts(model, tokenizer) == ["中", "国", "🙂"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"), [(1, ""), (2, ""), (3, "中"), (5, "中"), (6, "中国"), (9, "中国")]
+)
+def test_a_character_that_is_cut_off_is_not_shown(tokenizer: Any, limit: int, said: str) -> None:
+    model = parrot(tokenizer, byte_ids(tokenizer, "中国🙂"))
+    assert "".join(parts(model, tokenizer, limit)) == said
+
+
+def test_it_stops_at_eos(tokenizer: Any) -> None:
+    a, b, c = (tokenizer.convert_tokens_to_ids(letter) for letter in "abc")
+    model = parrot(tokenizer, [a, b, tokenizer.eos_token_id, c])
+    assert "".join(parts(model, tokenizer)) == "ab"
+    assert "".join(parts(parrot(tokenizer, [tokenizer.eos_token_id]), tokenizer)) == ""
+
+
+def test_it_stops_at_the_limit_of_the_model(model: Any, tokenizer: Any) -> None:
+    limit = model.config.max_position_embeddings
+    ids = [tokenizer.bos_token_id] + [tokenizer.convert_tokens_to_ids("a")] * (limit - 4)
+    wanted = model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    said = "".join(stream(model, tokenizer, ids, 100, 0.0))
+    assert said == tokenizer.decode(wanted[0, len(ids) :], skip_special_tokens=True)
+
+
+def test_a_prompt_that_fills_the_model_is_told(model: Any, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="long"):
+        answer(model, tokenizer, "fox " * 200)
+
+
+def test_the_seed_decides_what_is_drawn(model: Any, tokenizer: Any) -> None:
+    said = [answer(model, tokenizer, "The", 12, temperature=1.5, seed=seed) for seed in (1, 1, 2, 3)]
+    assert said[0] == said[1]
+    assert len(set(said)) > 1
+    cold = answer(model, tokenizer, "The", 12, temperature=1e-4, seed=5)
+    assert cold == answer(model, tokenizer, "The", 12)
+
+
+def test_a_tuned_tokenizer_asks_in_its_template_unless_raw(base: Path) -> None:
+    tuned = load_tokenizer(base)
+    plain = [tuned.bos_token_id, *tuned("Hello", add_special_tokens=False).input_ids]
+    assert model_input(tuned, "Hello") == plain
+    tuned.chat_template = find_template("chinese-alpaca")
+    asked = model_input(tuned, "Hello")
+    assert asked == prompt_ids(tuned, tuned.chat_template, "Hello")
+    assert asked != plain
+    assert "### Instruction:\nHello\n\n### Response: " in tuned.decode(asked)
+    assert model_input(tuned, "Hello", raw=True) == plain
+
+
+def test_literal_control_tokens_in_a_prompt_are_text(tokenizer: Any) -> None:
+    ids = model_input(tokenizer, "a</s><s>b")
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.eos_token_id not in ids

@@ -1,0 +1,112 @@
+"""Models and tokenizers from directories: what loads is right, what is not is told in a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
+
+from chinese_llama.errors import BadFile, DoesNotFit
+from chinese_llama.model.load import check_pair, first_new_id, load_model, load_tokenizer
+from chinese_llama.vocab.proto import read_model
+
+TEXTS = ["The river 2023", "  two spaces", "\ta\n\nb", "中国，北京", "a </s> b", "🙂", ""]
+
+
+def test_the_tokenizer_gives_the_ids_of_sentencepiece(extended: Path) -> None:
+    tokenizer = load_tokenizer(extended)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(extended / "tokenizer.model"))
+    for text in TEXTS:
+        assert tokenizer(text, add_special_tokens=False).input_ids == reference.encode(text), text
+
+
+def test_a_directory_with_only_tokenizer_model_gives_the_same_ids_or_is_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    """transformers' own conversion is not LLaMA's tokenizer; silently other ids would be the worst."""
+    for name in ("tokenizer.model", "config.json"):
+        shutil.copy(base / name, tmp_path)
+    try:
+        tokenizer = load_tokenizer(tmp_path)
+    except BadFile as error:
+        assert "tokenizer.json" in str(error)
+        return
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model"))
+    for text in TEXTS:
+        assert tokenizer(text, add_special_tokens=False).input_ids == reference.encode(text), text
+
+
+def test_a_place_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadFile, match=r"holds no tokenizer \(no tokenizer.json or tokenizer.model\)"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(BadFile, match="nowhere: is no directory with a tokenizer"):
+        load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadFile, match="has no tokenizer that loads"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_bos_is_refused(base: Path, tmp_path: Path) -> None:
+    shutil.copy(base / "tokenizer.json", tmp_path)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": None}))
+    with pytest.raises(BadFile, match=r"names no bos or eos token \(tokenizer_config.json\)"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_model_is_ready_to_use(base: Path) -> None:
+    model = load_model(base)
+    assert not model.training
+    assert model.dtype == torch.float32 or torch.cuda.is_available()
+    assert load_model(base, "bfloat16").dtype == torch.bfloat16
+    stored = load_file(base / "model.safetensors")
+    assert torch.equal(load_model(base, "float32").lm_head.weight, stored["lm_head.weight"])
+
+
+@pytest.mark.parametrize("place", ["nowhere", "./no/where", "/no/where"])
+def test_a_place_that_is_neither_directory_nor_hub_id_is_refused(place: str) -> None:
+    with pytest.raises(BadFile, match="is no directory with a model"):
+        load_model(place)
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadFile, match=r"holds no model \(no config.json\)"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(BadFile, match="is not a model that loads"):
+        load_model(tmp_path)
+
+
+def test_a_damaged_file_is_refused(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "m")
+    whole = (base / "model.safetensors").read_bytes()
+    (tmp_path / "m" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadFile, match="m: is not a model that loads"):
+        load_model(tmp_path / "m")
+
+
+def test_a_model_that_lacks_weights_is_refused_not_filled_with_noise(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "m")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadFile, match=r"model.layers.1.mlp.up_proj.weight"):
+        load_model(tmp_path / "m")
+
+
+def test_a_tokenizer_with_more_pieces_than_rows_does_not_fit(base: Path, tokenizer: Path) -> None:
+    model = load_model(base)
+    check_pair(model, load_tokenizer(base), base)
+    with pytest.raises(DoesNotFit, match=r"has \d+ pieces, .* only 420 rows; .*extend-model"):
+        check_pair(model, load_tokenizer(tokenizer), base)
+
+
+def test_the_first_new_id_comes_from_a_manifest(base: Path, tokenizer: Path, extended: Path) -> None:
+    old = len(read_model(base / "tokenizer.model").pieces)
+    assert first_new_id(extended) == first_new_id(base, tokenizer) == old
+    assert first_new_id(base, "some/hub-id") is None

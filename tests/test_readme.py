@@ -1,0 +1,110 @@
+"""Every command of the READMEs runs, on a pico base in the place of the user's."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from chinese_llama import cli
+from chinese_llama.quickstart.pipeline import recipe
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+READMES = ["README.md", "README_zh.md"]
+OVERRIDES = {  # a pico base and seconds instead of days
+    "block_size: 512": "block_size: 64",
+    "max_seq_length: 512": "max_seq_length: 256",
+    "vocab_size: 20000": "vocab_size: 200",
+    "num_train_epochs: 1": "max_steps: 2",
+    "num_train_epochs: 2": "max_steps: 2",
+}
+
+
+def commands(readme: str) -> list[str]:
+    """The command lines in ```console blocks, in order."""
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.S)
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """models/llama-7b, data/*.gz as the README names them; the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models", "data"):
+        (tmp_path / folder).mkdir()
+    tiny.write_base(tmp_path / "models/llama-7b", tiny.base_tokenizer(), max_position_embeddings=256)
+    for name, texts in (
+        ("zh", tiny.CHINESE),
+        ("zh_heldout", tiny.CHINESE[:3]),
+        ("en_heldout", tiny.ENGLISH[:3]),
+    ):
+        tiny.write_texts(tmp_path / "data" / f"{name}.jsonl", texts)
+    with gzip.open(tmp_path / "data/zh.jsonl.gz", "wt", encoding="utf-8") as stream:
+        stream.write((tmp_path / "data/zh.jsonl").read_text(encoding="utf-8"))
+    records = '[{"instruction": "你好吗？", "input": "", "output": "我很好。"}]'
+    (tmp_path / "data/alpaca_zh.json").write_text(records, encoding="utf-8")
+    return tmp_path
+
+
+def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One command line, in this process; raises SystemExit with another code than 0 if it fails."""
+    words = shlex.split(line, comments=True)
+    if words[:2] == ["accelerate", "launch"]:
+        script = next(word for word in words if word.endswith(".py"))
+        recipe(Path(script).stem).main(words[words.index(script) + 1 :])
+        return
+    assert words[0] == "chinese-llama", line
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert done.value.code == 0, line
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_way_from_a_base_runs(readme: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = commands(readme)
+    lines = lines[next(i for i, line in enumerate(lines) if line.startswith("chinese-llama init")) :]
+    assert len(lines) >= 9
+    for line in lines:
+        if line.startswith("cd "):
+            folder = place / line.removeprefix("cd ")
+            file = folder / "chinese-llama.yaml"
+            text = file.read_text(encoding="utf-8")
+            for old, new in OVERRIDES.items():
+                assert old in text
+                text = text.replace(old, new)
+            file.write_text(text, encoding="utf-8")
+            for name in ("models", "data"):
+                (folder / name).symlink_to(place / name)
+            monkeypatch.chdir(folder)
+        else:
+            run(line, monkeypatch)
+    assert (Path("work") / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_other_commands_are_those_of_the_makefile_and_the_quickstart(readme: str) -> None:
+    lines = commands(readme)
+    first = lines[: next(i for i, line in enumerate(lines) if line.startswith("chinese-llama init"))]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in first:
+        if line.startswith("make "):
+            assert f"\n{line.removeprefix('make ')}:" in makefile
+    # Run as they are typed by tests/test_quickstart.py.
+    three = [
+        "chinese-llama extend-vocab",
+        "accelerate launch recipes/pt_lora.py",
+        "chinese-llama merge --loras plus,alpaca",
+    ]
+    rest = [line for line in first if not line.startswith(("make ", "git clone "))]
+    assert rest == three
+
+
+def test_both_languages_give_the_same_commands() -> None:
+    assert commands("README.md") == commands("README_zh.md")
