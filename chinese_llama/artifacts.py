@@ -30,7 +30,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 class Manifest:
     """What a directory is and where it came from.
 
-    `inputs` maps a role ("base", "tokenizer", "parent:plus") to {"path", "sha256"}; `files` maps the
+    `inputs` maps a role ("base", "tokenizer", "parent:0") to {"path", "sha256"}; `files` maps the
     names that make up the directory's identity to {"bytes", "mtime_ns", "sha256"}; `sha256` is the
     digest over those.
     """

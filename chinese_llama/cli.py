@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from chinese_llama import __version__, workspace
+from chinese_llama.commandline import given, load, repeated, workspace_for, write_json
 from chinese_llama.errors import UserError, report
 
 app = typer.Typer(
@@ -33,21 +32,6 @@ Base = Annotated[
     Path | None, typer.Option(help="The base model or its tokenizer.", show_default="the workspace's")
 ]
 EXAMPLES = "\n\n[bold]Examples[/bold]\n\n"
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _workspace_for(command: str, given: dict[str, Any], *needed: str) -> workspace.Workspace:
-    """The workspace; needed where one of `needed` is not given. With everything given, an empty one
-    serves."""
-    missing = [name for name in needed if name not in given]
-    if missing:
-        options = " and ".join("--" + name.replace("_", "-") for name in missing)
-        return workspace.required(command, options)
-    return workspace.find() or workspace.Workspace.empty()
 
 
 def _version(value: bool) -> None:
@@ -120,9 +104,9 @@ def train_vocab(
     from chinese_llama import stages
     from chinese_llama.vocab.train import MODEL
 
-    given = _given(corpus=corpus or None, output=output, vocab_size=vocab_size, model_type=model_type)
+    options = given(corpus=corpus or None, output=output, vocab_size=vocab_size, model_type=model_type)
     made, manifest = stages.trained_vocab(
-        _workspace_for("train-vocab", given, "corpus", "output"), given, force
+        workspace_for("train-vocab", options, "corpus", "output"), options, force
     )
     typer.echo(
         f"{made / MODEL}: {manifest.vocab_size:,} pieces from {manifest.metrics['characters']:,} Chinese characters."
@@ -156,9 +140,9 @@ def extend_vocab(
     """Merge Chinese pieces into the base's tokenizer, and prove the result."""
     from chinese_llama import stages
 
-    given = _given(base=base, chinese_sp=chinese_sp, output=output, policy=policy, pad_token=pad_token)
-    space = _workspace_for("extend-vocab", given, "base", "chinese_sp", "output")
-    made, told = stages.extended_tokenizer(space, given, force)
+    options = given(base=base, chinese_sp=chinese_sp, output=output, policy=policy, pad_token=pad_token)
+    space = workspace_for("extend-vocab", options, "base", "chinese_sp", "output")
+    made, told = stages.extended_tokenizer(space, options, force)
     typer.echo(
         f"{made}: {told['base_vocab_size']:,} pieces + {told['new_pieces']:,} = {told['vocab_size']:,}."
     )
@@ -200,7 +184,7 @@ def audit_vocab(
         )
     for problem, texts in told["examples"].items():
         typer.echo(f"  first of '{problem}': {texts[0][:80]!r}")
-    _write_json(json_file, told)
+    write_json(json_file, told)
 
 
 @app.command(
@@ -228,11 +212,11 @@ def extend_model(
     """Grow the base's vocabulary matrices for the extended tokenizer."""
     from chinese_llama import stages
 
-    given = _given(
+    options = given(
         base=base, tokenizer=tokenizer, output=output, init=init, pad_to_multiple_of=pad_to_multiple_of
     )
-    space = _workspace_for("extend-model", given, "base", "tokenizer", "output")
-    made, manifest = stages.extended_model(space, given, force)
+    space = workspace_for("extend-model", options, "base", "tokenizer", "output")
+    made, manifest = stages.extended_model(space, options, force)
     typer.echo(
         f"{made}: {manifest.metrics['base_vocab_size']:,} -> {manifest.metrics['rows']:,} rows ({manifest.settings['init']})."
     )
@@ -264,8 +248,8 @@ def merge(
     """Bake LoRA adapters into base weights; the result is a plain HF model."""
     from chinese_llama.merging.stage import merged_model
 
-    given = _given(base=base, loras=loras, output=output)
-    made, manifest = merged_model(_workspace_for("merge", given, "base", "loras", "output"), given, force)
+    options = given(base=base, loras=loras, output=output)
+    made, manifest = merged_model(workspace_for("merge", options, "base", "loras", "output"), options, force)
     metrics = manifest.metrics
     typer.echo(
         f"{made}: {' + '.join(manifest.settings['loras'])} merged into {manifest.inputs['base']['path']}; "
@@ -291,8 +275,8 @@ def evaluate(
     """Bits per character and per byte of texts: comparable between tokenizers."""
     from chinese_llama.evaluate.sets import evaluation
 
-    given = _given(model=model, text=text or None)
-    models, sets = evaluation(_workspace_for("eval", given, "model", "text"), given)
+    options = given(model=model, text=text or None)
+    models, sets = evaluation(workspace_for("eval", options, "model", "text"), options)
     from chinese_llama.evaluate.bits import evaluate as run
     from chinese_llama.model.load import quiet_libraries
 
@@ -306,7 +290,7 @@ def evaluate(
                 f"  {name}: {figures['bits_per_character']:.3f} bits per character, {figures['bits_per_byte']:.3f} bits per byte, "
                 f"perplexity {figures['perplexity']:.2f} per token, {figures['characters_per_token']:.3f} characters per token"
             )
-    _write_json(json_file, told[0] if len(told) == 1 else {"models": told})
+    write_json(json_file, told[0] if len(told) == 1 else {"models": told})
 
 
 @app.command(epilog=EXAMPLES + "chinese-llama generate --model work/merged --prompt '中国的首都是哪里？'")
@@ -324,7 +308,7 @@ def generate(
     ] = False,
 ) -> None:
     """Answer one prompt."""
-    _, loaded, tokenizer = _load("generate", model)
+    _, loaded, tokenizer = load("generate", model)
     from chinese_llama.evaluate.generate import answer
 
     typer.echo(answer(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, raw))
@@ -340,7 +324,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
 ) -> None:
     """Talk to a model; each question stands alone. An empty line or Ctrl-D ends it."""
-    place, loaded, tokenizer = _load("chat", model)
+    place, loaded, tokenizer = load("chat", model)
     from chinese_llama.evaluate.generate import model_input, stream
 
     typer.echo(f"{place} (empty line or Ctrl-D ends)")
@@ -370,29 +354,6 @@ def quickstart(
     run(directory, force)
 
 
-def _load(command: str, model: str | None) -> tuple[str, Any, Any]:
-    if model is None:
-        space = workspace.required(command, "--model")
-        model = str(space.path(space.settings.merge.output))
-        if not Path(model).is_dir():
-            raise UserError(
-                f"{model} does not exist yet; make it with chinese-llama merge --loras plus,alpaca."
-            )
-    from chinese_llama.model.load import check_pair, device, load_model, load_tokenizer, quiet_libraries
-
-    quiet_libraries()
-    tokenizer, loaded = load_tokenizer(model), load_model(model)
-    check_pair(loaded, tokenizer, model)
-    return model, loaded.to(device()), tokenizer
-
-
-def _write_json(file: Path | None, content: Any) -> None:
-    if file is not None:
-        from chinese_llama.artifacts import write_text
-
-        write_text(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-
-
 def _terminate(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
@@ -400,17 +361,13 @@ def _terminate(number: int, frame: Any) -> None:
 def main() -> None:
     """Entry point: exit code 0, 1 (a check that fails), 2 (bad input), 130 (stopped)."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(report(lambda argv: app(_repeated(argv)), sys.argv[1:]))
+    sys.exit(report(_run, sys.argv[1:]))
 
 
-def _repeated(argv: Sequence[str]) -> list[str]:
-    """`--corpus a b` as `--corpus a --corpus b`: lists are written as users write them."""
-    words: list[str] = []
-    option = ""
-    for word in argv:
-        if word.startswith("-"):
-            option = word if word in ("--corpus", "--text") else ""
-        elif option and words[-1] != option:
-            words.append(option)
-        words.append(word)
-    return words
+def _run(argv: Sequence[str]) -> None:
+    try:
+        app(repeated(argv))
+    except SystemExit as done:
+        if done.code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        raise

@@ -78,6 +78,8 @@ class Workspace:
         pt["output_dir"] = pt.get("output_dir") or "work/plus"
         sft["output_dir"] = sft.get("output_dir") or "work/alpaca"
         sft.setdefault("adapters", ["plus"])
+        loras = self.settings.merge.loras
+        self.settings.merge.loras = loras.split(",") if isinstance(loras, str) else list(loras or [])
 
     @classmethod
     def empty(cls) -> Workspace:

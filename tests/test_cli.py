@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from chinese_llama import cli, workspace
+from chinese_llama import cli, commandline, workspace
 from chinese_llama.vocab.train import MODEL
 from tests import test_errors, tiny
 from tests.test_errors import adapter, sentence, tree
@@ -63,7 +63,7 @@ def test_the_examples_are_understood(name: str) -> None:
     assert any(shlex.split(line)[1] == name for line in lines)
     for line in lines:
         _, command, *words = shlex.split(line)
-        COMMANDS[command].make_context(command, cli._repeated(words))
+        COMMANDS[command].make_context(command, commandline.repeated(words))
 
 
 def test_version(run: Run) -> None:
@@ -86,7 +86,7 @@ def test_version(run: Run) -> None:
     ],
 )
 def test_a_list_is_written_either_way(written: str, read: str) -> None:
-    assert cli._repeated(written.split()) == read.split()
+    assert commandline.repeated(written.split()) == read.split()
 
 
 def test_both_ways_of_a_list_make_the_same_model(run: Run, work: Path, tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "merging.plan", "merging.delta"),
     ("vocab",),
     ("model",),
-    ("merging", "evaluate"),
     ("stages",),
-    ("train",),
+    ("merging", "evaluate", "train"),
     ("quickstart", "recipes"),
+    ("commandline",),
     ("cli",),
     ("__main__",),
 )

@@ -92,7 +92,6 @@ def test_a_workspace_without_base_says_what_to_add(tmp_path: Path) -> None:
         ({"train_vocab": {"vocab_size": "many"}}, r"chinese-llama\.yaml: train_vocab\.vocab_size: .*many"),
         ({"train_vocab": 3}, r"chinese-llama\.yaml: .*train_vocab"),
         ({"adapters": ["a"]}, r"chinese-llama\.yaml: .*adapters"),
-        ({"pt_lora": {"output_dir": None}}, r"chinese-llama\.yaml: .*output_dir"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:

@@ -118,9 +118,38 @@ def _unpacked(path: Path, raw: BinaryIO) -> Iterable[bytes]:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if path.suffix == ".zst":
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(reader)  # type: ignore[arg-type]
+        return io.BufferedReader(_Unzstd(raw))
     return raw
+
+
+class _Unzstd(io.RawIOBase):
+    """The content of a .zst file; EOFError where it ends inside a frame (zstandard's own reader
+    stops there without a word)."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: Any = None
+        self._left = b""
+        self._out = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._out:
+            block = self._left or self._raw.read(1 << 17)
+            self._left = b""
+            if not block and self._frame is not None:
+                raise EOFError("the file ends inside a frame")
+            if not block:
+                return 0
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._out = memoryview(self._frame.decompress(block))
+            if self._frame.eof:
+                self._left, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._out))
+        buffer[:count], self._out = self._out[:count], self._out[count:]
+        return count
 
 
 def _parse(path: Path, text: str, line: int | None) -> Any:
@@ -162,7 +191,17 @@ def _text_field(path: Path, line: int | None, record: Any) -> str:
         raise BadFile(path, f"has no field 'text' (found: {names or 'nothing'}).", line)
     if not isinstance(record["text"], str):
         raise BadFile(path, "the field 'text' is not text.", line)
-    return record["text"]
+    return _unicode(path, line, record["text"])
+
+
+def _unicode(path: Path, line: int | None, text: str) -> str:
+    """`text`, if it can be written as UTF-8: JSON may hold half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"holds half a surrogate pair ({text[error.start]!r}); it is not valid Unicode."
+        raise BadFile(path, what, line) from error
+    return text
 
 
 def _instruction(path: Path, line: int | None, record: Any) -> dict[str, str]:
@@ -175,5 +214,5 @@ def _instruction(path: Path, line: int | None, record: Any) -> dict[str, str]:
             raise BadFile(path, f"the field {name!r} is not text.", line)
         if not value.strip() and name != "input":
             raise BadFile(path, f"has no {name!r}.", line)
-        result[name] = value
+        result[name] = _unicode(path, line, value)
     return result

@@ -43,7 +43,8 @@ def _source(item: Any) -> Source:
     if not isinstance(item, dict) or "path" not in item or set(item) - {"path", "weight"}:
         raise UserError(f"data: {item!r} is neither a path nor {{path: FILE, weight: NUMBER}}.")
     weight = item.get("weight")
-    if weight is not None and (isinstance(weight, (bool, str)) or not weight > 0):
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if weight is not None and not (number and 0 < weight < math.inf):
         raise UserError(f"data: {item['path']}: the weight {weight!r} is not a positive number.")
     return Source(Path(str(item["path"])), weight)
 
@@ -77,22 +78,24 @@ def dataset(
     import datasets
 
     datasets.disable_progress_bars()
+    columns = ("input_ids", "labels", "position_ids")
+    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in columns})
     parts = []
     for number, source in enumerate(found):
-        part = datasets.Dataset.from_generator(
-            blocks,
-            gen_kwargs={"path": source.path},
-            features=datasets.Features(
-                {
-                    name: datasets.List(datasets.Value("int32"))
-                    for name in ("input_ids", "labels", "position_ids")
-                }
-            ),
-            cache_dir=str(cache),
-            fingerprint=f"source-{number}",
-        )
-        if len(part) == 0:
+        if next(iter(blocks(source.path)), None) is None:
             raise UserError(f"{source.path}: nothing to train on: no sample fits into the block.")
+        try:
+            part = datasets.Dataset.from_generator(
+                blocks,
+                gen_kwargs={"path": source.path},
+                features=features,
+                cache_dir=str(cache),
+                fingerprint=f"source-{number}",
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
         parts.append(part)
     chosen = mix(found, [len(part) for part in parts], seed)
     mixed = [

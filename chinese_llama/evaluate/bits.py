@@ -65,6 +65,11 @@ def evaluate_text(
     finite.
     """
     length = model.config.max_position_embeddings
+    stride = stride or length // 2
+    if not 1 <= stride < length:
+        raise UserError(
+            f"A stride of {stride} does not fit windows of {length} tokens; give 1 to {length - 1}."
+        )
     todo: list[Window] = []
     counts = dict.fromkeys(("characters", "bytes", "tokens", "documents"), 0)
     for text in texts:
@@ -73,7 +78,7 @@ def evaluate_text(
         counts["bytes"] += len(text.encode())
         counts["tokens"] += len(ids)
         counts["documents"] += 1
-        todo += windows([tokenizer.bos_token_id, *ids], length, stride or length // 2)
+        todo += windows([tokenizer.bos_token_id, *ids], length, stride)
     todo.sort(key=lambda window: len(window.ids))
     batches = list(_batches(todo))
     nats = sum(

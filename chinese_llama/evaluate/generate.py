@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from chinese_llama.data.templates import prompt_ids, text_ids
+from chinese_llama.errors import UserError
 
 
 def chat_template(tokenizer: Any) -> str | None:
@@ -36,6 +37,9 @@ def stream(
     generator = torch.Generator(device=model.device).manual_seed(seed)
     past, step = None, torch.tensor([ids], device=model.device)
     room = model.config.max_position_embeddings - len(ids)
+    if room < 1:
+        limit = model.config.max_position_embeddings
+        raise UserError(f"The prompt is too long: {len(ids)} tokens, the model's limit is {limit}.")
     new: list[int] = []
     shown = ""
     for _ in range(min(max_new_tokens, room)):

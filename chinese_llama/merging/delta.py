@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,16 +24,10 @@ def scale_of(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def add_deltas(weight: torch.Tensor, factors: Sequence[Factors]) -> torch.Tensor:
-    """weight + sum of scale * B @ A over `factors` [out, in], in float32, rounded once.
-
-    Returns a new tensor of the dtype of `weight`.
-    """
-    total = weight.to(torch.float32, copy=True)
-    for pair in factors:
-        a, b = pair.a.float() * pair.scale, pair.b.float()
-        if pair.transposed:
-            total.addmm_(a.T, b.T)
-        else:
-            total.addmm_(b, a)
-    return total.to(weight.dtype)
+def add_delta(total: torch.Tensor, pair: Factors) -> None:
+    """Add scale * B @ A to `total` [out, in] (float32), in place."""
+    a, b = pair.a.float() * pair.scale, pair.b.float()
+    if pair.transposed:
+        total.addmm_(a.T, b.T)
+    else:
+        total.addmm_(b, a)

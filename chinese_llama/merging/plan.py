@@ -99,6 +99,8 @@ def load(name: str, path: Path) -> Adapter:
         content = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadFile(config, f"is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise BadFile(config, "must hold a JSON object.")
     kind = content.get("peft_type")
     if kind != "LORA":
         raise BadFile(config, f"is an adapter of type {kind}; only LORA adapters can be merged.")
@@ -123,7 +125,7 @@ def check_lineage(base: Path, adapters: list[Adapter]) -> None:
 
 def _check_base(base: Path, adapter: Adapter) -> None:
     trained_on = adapter.manifest.inputs.get("base") if adapter.manifest else None
-    if trained_on and trained_on["sha256"] != identity(base):
+    if trained_on and trained_on["sha256"] and trained_on["sha256"] != identity(base):
         raise DoesNotFit(
             f"The adapter {adapter.name!r} was trained on another base ({trained_on['path']}), not on {base}."
         )

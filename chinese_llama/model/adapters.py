@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 
 from chinese_llama.errors import BadFile, DoesNotFit
-from chinese_llama.merging.delta import Factors, add_deltas, scale_of
+from chinese_llama.merging.delta import Factors, add_delta, scale_of
 from chinese_llama.merging.plan import Adapter
 from chinese_llama.model.shards import EMBED, HEAD, Change, Weights
 
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora-ga", "lora")  # init_lora_weights
 PREFIX = "base_model.model."
 LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 TOKENS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?")
@@ -40,6 +41,13 @@ class Tensors:
 def read_tensors(adapter: Adapter) -> Tensors:
     """The tensors of `adapter`, mapped from its file. Raises BadFile for what cannot be merged."""
     found = Tensors()
+    init = adapter.config.get("init_lora_weights")
+    if isinstance(init, str) and init.split("_")[0].lower() in CHANGES_BASE:
+        raise BadFile(
+            adapter.path / "adapter_config.json",
+            f"the adapter was initialised with {init!r}, which changes the base; save it converted to plain "
+            "LoRA (peft: path_initial_model_for_weight_conversion).",
+        )
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in _load(adapter.file).items():
         name = key.removeprefix(PREFIX)
@@ -167,9 +175,11 @@ def _check_place(source: Weights, adapter: Adapter, tensors: Tensors, name: str)
 def _check_tied(source: Weights, adapter: Adapter, tensors: Tensors) -> None:
     """On a tied base an adapter's output rows must be its input rows."""
     whole = [tensors.matrices.get(name) for name in (EMBED, HEAD)]
-    rows = [tensors.rows.get(name, (None, None))[1] for name in (EMBED, HEAD)]
-    for inputs, outputs in (whole, rows):
-        if outputs is not None and (inputs is None or not torch.equal(inputs, outputs)):
+    rows = [tensors.rows.get(name, ([], None)) for name in (EMBED, HEAD)]
+    same_ids = rows[1][1] is None or rows[0][0] == rows[1][0]
+    for inputs, outputs in (whole, [values for _, values in rows]):
+        differs = outputs is not None and (inputs is None or not torch.equal(inputs, outputs))
+        if differs or not same_ids or HEAD in tensors.factors:
             raise DoesNotFit(
                 f"The adapter {adapter.name!r} has an lm_head of its own, but {source.directory} ties it to "
                 "the embeddings."
@@ -182,7 +192,7 @@ def _change(source: Weights, adapters: Sequence[tuple[Adapter, Tensors]], name: 
         shape = (rows, *shape[1:])
     parts = [tensors for _, tensors in adapters]
     _check_owned(source, adapters, name, rows)
-    return Change(shape, dtype, lambda: _merge_one(source.load, parts, name, shape).to(dtype))
+    return Change(shape, dtype, lambda: _merge_one(source.load, parts, name, shape, dtype))
 
 
 def _check_owned(source: Weights, adapters: Sequence[tuple[Adapter, Tensors]], name: str, rows: int) -> None:
@@ -190,13 +200,13 @@ def _check_owned(source: Weights, adapters: Sequence[tuple[Adapter, Tensors]], n
     have = source.meta(name)[0][0]
     if name not in (EMBED, HEAD) or rows == have:
         return
+    parts = [tensors for _, tensors in adapters]
+    last = _last_matrix(parts, name)
     owned = torch.zeros(rows, dtype=torch.bool)
-    owned[:have] = True
-    for _, tensors in adapters:
-        if name in tensors.matrices:
-            owned[: len(tensors.matrices[name])] = True
-        if name in tensors.rows:
-            owned[tensors.rows[name][0]] = True
+    owned[: len(parts[last].matrices[name]) if last >= 0 else have] = True
+    for part in parts[max(last, 0) :]:
+        if name in part.rows:
+            owned[part.rows[name][0]] = True
     if not owned.all():
         missing = int((~owned).sum())
         raise DoesNotFit(
@@ -206,22 +216,33 @@ def _check_owned(source: Weights, adapters: Sequence[tuple[Adapter, Tensors]], n
 
 
 def _merge_one(
-    load: Callable[[str], torch.Tensor], parts: Sequence[Tensors], name: str, shape: tuple[int, ...]
+    load: Callable[[str], torch.Tensor],
+    parts: Sequence[Tensors],
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One weight with everything that `parts` say of it, float32 except where nothing is added."""
-    last = max((i for i, part in enumerate(parts) if name in part.matrices), default=-1)
+    """One weight with everything that `parts` say of it, in their order: a matrix replaces what lies
+    below, deltas are added in float32, rows hold final values. Rounded once, to `dtype`."""
+    last = _last_matrix(parts, name)
     weight = parts[last].matrices[name] if last >= 0 else load(name)
-    if weight.shape != shape:
-        grown = torch.zeros(shape, dtype=weight.dtype)
-        grown[: len(weight)] = weight
-        weight = grown
-    for part in parts[last + 1 :]:
+    above = [part for part in parts[max(last, 0) :] if name in part.factors or name in part.rows]
+    if weight.shape == shape and not above:
+        return weight.to(dtype)
+    total = torch.zeros(shape, dtype=torch.float32)
+    total[: len(weight)] = weight
+    for part in above:
+        if name in part.factors:
+            add_delta(total, part.factors[name])
         if name in part.rows:
             ids, values = part.rows[name]
-            weight = weight.to(torch.promote_types(weight.dtype, values.dtype), copy=True)
-            weight[ids] = values.to(weight.dtype)
-    factors = [part.factors[name] for part in parts[max(last, 0) :] if name in part.factors]
-    return add_deltas(weight, factors) if factors else weight
+            total[ids] = values.float()
+    return total.to(dtype)
+
+
+def _last_matrix(parts: Sequence[Tensors], name: str) -> int:
+    """The last of `parts` that brings a whole matrix `name`; -1 if none does."""
+    return max((i for i, part in enumerate(parts) if name in part.matrices), default=-1)
 
 
 def bake(model: Any, adapters: Sequence[tuple[Adapter, Tensors]]) -> None:
@@ -231,5 +252,6 @@ def bake(model: Any, adapters: Sequence[tuple[Adapter, Tensors]]) -> None:
     names = {name for part in parts for name in [*part.factors, *part.matrices, *part.rows]}
     with torch.no_grad():
         for name in sorted(names & set(state)):
-            merged = _merge_one(lambda key: state[key].cpu(), parts, name, tuple(state[name].shape))
-            state[name].copy_(merged.to(state[name].dtype))
+            here = state[name]
+            merged = _merge_one(lambda key: state[key].cpu(), parts, name, tuple(here.shape), here.dtype)
+            here.copy_(merged)

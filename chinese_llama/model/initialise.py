@@ -34,7 +34,10 @@ def _mean_resizing(
     centred = (old - mean).double()
     covariance = 1e-9 * centred.T @ centred / len(old)
     jitter = 1e-6 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.double)
-    factor = torch.linalg.cholesky(covariance + jitter).float()
+    factor, failed = torch.linalg.cholesky_ex(covariance + jitter)
+    if failed:  # all rows are equal
+        return mean.repeat(len(parts), 1)
+    factor = factor.float()
     return mean + torch.randn(len(parts), old.shape[1], generator=generator) @ factor.T
 
 

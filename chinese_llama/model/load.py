@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 from chinese_llama.artifacts import read_manifest
 from chinese_llama.errors import BadFile, DoesNotFit
+from chinese_llama.model.resize import copy_tokenizer
 
 
 def quiet_libraries() -> None:
@@ -29,6 +31,10 @@ def load_tokenizer(place: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     _check_place(place, ("tokenizer.json", "tokenizer.model"), "tokenizer")
+    if Path(place).is_dir() and not (Path(place) / "tokenizer.json").is_file():
+        with tempfile.TemporaryDirectory() as made:  # transformers' own conversion gives other ids
+            copy_tokenizer(Path(place), Path(made))
+            return load_tokenizer(made)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=Path(place).is_dir())
     except Exception as error:  # transformers raises many kinds
@@ -47,16 +53,29 @@ def load_model(place: str | Path, dtype: str = "auto") -> Any:
     from transformers import AutoModelForCausalLM
 
     _check_place(place, ("config.json",), "model")
-    if dtype == "auto":
-        gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if gpu else "float32"
+    dtype = resolve_dtype(dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(place), dtype=getattr(torch, dtype), local_files_only=Path(place).is_dir()
+        model, told = AutoModelForCausalLM.from_pretrained(
+            str(place),
+            dtype=getattr(torch, dtype),
+            local_files_only=Path(place).is_dir(),
+            output_loading_info=True,
         )
     except Exception as error:  # transformers raises many kinds
         raise BadFile(place, f"is not a model that loads ({_first_line(error)}).") from error
+    if told["missing_keys"]:
+        missing = sorted(told["missing_keys"])
+        raise BadFile(place, f"lacks {len(missing)} of the model's tensors ({missing[0]} ...).")
     return model.eval()
+
+
+def resolve_dtype(dtype: str) -> str:
+    """`dtype`, "auto" made definite."""
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
 
 
 def check_pair(model: Any, tokenizer: Any, place: str | Path) -> None:

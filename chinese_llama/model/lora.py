@@ -47,12 +47,22 @@ def lora_config(
 def add_lora(model: Any, config: Any) -> Any:
     """A PeftModel of `model`; trainable parameters are float32. Raises DoesNotFit for targets that
     the model does not have."""
+    import torch
     from peft import get_peft_model
 
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        if "arget modules" not in str(error):
-            raise
-        targets = ", ".join(sorted(config.target_modules))
-        raise DoesNotFit(f"lora_target_modules: the model has none of {targets}.") from error
+    names = [name for name, _ in model.named_modules()]
+    for target in sorted(config.target_modules):
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)})
+            raise DoesNotFit(f"lora_target_modules: the model has no {target!r}; it has {', '.join(known)}.")
+    lora = get_peft_model(model, config)
+    for parameter in lora.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    return lora
+
+
+def _is_linear(module: Any) -> bool:
+    import torch
+
+    return isinstance(module, torch.nn.Linear)

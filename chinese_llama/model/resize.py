@@ -24,8 +24,9 @@ from chinese_llama.artifacts import (
 )
 from chinese_llama.errors import DoesNotFit, UserError
 from chinese_llama.model.initialise import METHODS, new_rows
-from chinese_llama.model.shards import EMBED, HEAD, Change, Weights, rewrite
+from chinese_llama.model.shards import EMBED, HEAD, Change, Weights, read_json, rewrite
 from chinese_llama.vocab.fast import FILES as TOKENIZER_FILES
+from chinese_llama.vocab.fast import write_tokenizer
 from chinese_llama.vocab.proto import CONTROL, encoder, read_model, tokenizer_model
 
 
@@ -137,7 +138,7 @@ def _grown(source: Weights, name: str, old_size: int, rows: int, init: str, part
 
 def copy_other_files(source: Path, target: Path) -> None:
     """Copy what lies beside the weights: no weights, no tokenizer, no manifest, no card."""
-    skip = {MANIFEST, "README.md", "config.json", *TOKENIZER_FILES}
+    skip = {MANIFEST, "README.md", "config.json", "added_tokens.json", *TOKENIZER_FILES}
     for file in sorted(source.iterdir()):
         is_weights = file.suffix in (".safetensors", ".bin", ".pth", ".pt") or file.name.endswith(
             ".index.json"
@@ -147,7 +148,39 @@ def copy_other_files(source: Path, target: Path) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files from one directory to another."""
+    """Copy the tokenizer's files from one directory (or tokenizer.model) to another.
+
+    A tokenizer.model without tokenizer.json beside it gets ours, with the same ids.
+    """
+    directory = source.parent if source.is_file() else source
+    if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
+        write_tokenizer(target, read_model(directory / "tokenizer.model"), _pad_token(directory))
+        if (directory / "chat_template.jinja").is_file():
+            shutil.copyfile(directory / "chat_template.jinja", target / "chat_template.jinja")
+        return
+    source = directory
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def save_chat_template(directory: Path, template: str) -> None:
+    """Put a chat template beside the tokenizer of `directory`.
+
+    Control tokens that the template writes must be read as such by other programs, so the tokenizer no
+    longer splits them; this toolkit asks for splitting itself wherever it tokenises a user's text.
+    """
+    write_text(directory / "chat_template.jinja", template)
+    config = {**read_json(directory / "tokenizer_config.json"), "split_special_tokens": False}
+    write_text(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1) + "\n")
+
+
+def _pad_token(directory: Path) -> str | None:
+    """The pad token that the Hugging Face files of a tokenizer name."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            token = read_json(directory / name).get("pad_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if token:
+                return str(token)
+    return None

@@ -104,7 +104,11 @@ class Weights:
 
     def meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """(shape, dtype) of a tensor."""
-        return self._reader(self._file_of[name]).meta(name)
+        file = self._file_of[name]
+        try:
+            return self._reader(file).meta(name)
+        except SafetensorError as error:
+            raise BadFile(file, f"cannot be used ({error}).") from error
 
     def load(self, name: str) -> torch.Tensor:
         """The tensor, as it is stored, on the CPU."""
@@ -135,6 +139,8 @@ class _Safetensors:
 class _Bin:
     def __init__(self, file: Path) -> None:
         self.tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(self.tensors, dict) or not all(map(torch.is_tensor, self.tensors.values())):
+            raise ValueError("it does not hold tensors by name")
 
     def keys(self) -> list[str]:
         return list(self.tensors)
@@ -161,8 +167,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     found = read_json(index).get("weight_map")
-    if not isinstance(found, dict):
-        raise BadFile(index, "has no weight_map.")
+    if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
+        raise BadFile(index, "has no weight_map of names to files.")
     return found
 
 

@@ -22,7 +22,11 @@ from chinese_llama.workspace import FILE, Workspace
 
 RESOURCES = PACKAGE / "quickstart"
 FOLDER = Path("quickstart")
-SHOWN = ("中国的首都", "反义词", "牙")  # held-out questions with these are printed
+SHOWN = (
+    "请问中国的首都是哪里？",
+    "请问小孩换牙掉的牙叫什么？",
+    "亡羊补牢是什么意思？",
+)  # of the held-out ones
 ANSWER_TOKENS = 48
 
 
@@ -114,7 +118,7 @@ def measure(workspace: Workspace) -> dict[str, Any]:
         right = 0
         for record, keyword in zip(instructions(held_out), _keywords(held_out), strict=True):
             question = question_of(record)
-            shown = any(word in question for word in SHOWN)
+            shown = question in SHOWN
             if name == "base" and not shown:
                 continue
             said = answer(model, tokenizer, question, ANSWER_TOKENS)

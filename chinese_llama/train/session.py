@@ -36,9 +36,9 @@ from chinese_llama.data.mixture import Source, dataset, sources
 from chinese_llama.errors import DoesNotFit, Interrupted, UserError
 from chinese_llama.merging.plan import Adapter, check_lineage, resolve
 from chinese_llama.model.adapters import bake, merged_changes, read_tensors
-from chinese_llama.model.load import check_pair, first_new_id, load_model, load_tokenizer
+from chinese_llama.model.load import check_pair, first_new_id, load_model, load_tokenizer, resolve_dtype
 from chinese_llama.model.lora import add_lora, lora_config
-from chinese_llama.model.resize import copy_tokenizer
+from chinese_llama.model.resize import copy_tokenizer, save_chat_template
 from chinese_llama.model.shards import Weights
 from chinese_llama.progress import say
 from chinese_llama.train.callbacks import LOG, Bar, JsonLog, StopOnSignal
@@ -73,6 +73,29 @@ def run(recipe: Recipe[Any], length: int, blocks: Blocks, settings: dict[str, An
         return read_manifest(output) or manifest
     check_output(output, fields.force)
     directory = _run_directory(output, manifest)
+    try:
+        _run(recipe, adapters, found, manifest, directory, length, blocks)
+    except BaseException:
+        if not get_last_checkpoint(str(directory)):
+            shutil.rmtree(directory, ignore_errors=True)  # nothing to go on from
+        raise
+    return manifest
+
+
+def _run(
+    recipe: Recipe[Any],
+    adapters: list[Adapter],
+    found: list[Source],
+    manifest: Manifest,
+    directory: Path,
+    length: int,
+    blocks: Blocks,
+) -> None:
+    fields = recipe.fields
+    fields.dtype = resolve_dtype(fields.dtype)
+    for dtype, switch in (("bfloat16", "bf16"), ("float16", "fp16")):
+        if fields.dtype == dtype:  # trainable weights are float32, so the step needs autocast
+            recipe.training.setdefault(switch, True)
     arguments = training_arguments(recipe, directory)
     set_seed(arguments.seed)
     tokenizer, model = _model(recipe, adapters, length)
@@ -86,7 +109,6 @@ def run(recipe: Recipe[Any], length: int, blocks: Blocks, settings: dict[str, An
     if trainer.is_world_process_zero():
         _save(trainer, model, recipe, manifest, directory)
         shutil.rmtree(directory, ignore_errors=True)
-    return manifest
 
 
 class _Packer:
@@ -233,7 +255,7 @@ def _save(trainer: Trainer, model: Any, recipe: Recipe[Any], manifest: Manifest,
         model.save_pretrained(str(partial), save_embedding_layers=False)
         copy_tokenizer(Path(fields.tokenizer_name_or_path or fields.model_name_or_path), partial)
         if template := manifest.settings.get("chat_template"):
-            write_text(partial / "chat_template.jinja", template)
+            save_chat_template(partial, template)
         if (directory / LOG).is_file():
             shutil.copyfile(directory / LOG, partial / LOG)
         manifest.vocab_size = model.get_base_model().config.vocab_size

@@ -80,7 +80,8 @@ def merges(model: model_pb2.ModelProto) -> list[tuple[str, str]]:
 def tokenizer_config(model: model_pb2.ModelProto, pad_token: str | None) -> dict[str, Any]:
     """The content of tokenizer_config.json.
 
-    `split_special_tokens`: literal `<s>` or `</s>` in a text is text, as SentencePiece has it.
+    `split_special_tokens`: literal `<s>` or `</s>` in a text is text, as SentencePiece has it (a
+    tokenizer with a chat template is different, see model.resize.save_chat_template).
     Padding uses `<unk>` where there is no pad token, never the end of text, which must be learnt.
     """
     names = _special_names(model)

@@ -12,6 +12,7 @@ from chinese_llama.errors import BadFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BPE = 2
+_ENDS = {"bos": "beginning", "eos": "end"}
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -58,6 +59,17 @@ def read_base(path: Path) -> model_pb2.ModelProto:
         raise BadFile(file, "normalises its input; only bases that keep text as it is can be extended.")
     if not (normalizer.add_dummy_prefix and normalizer.escape_whitespaces):
         raise BadFile(file, "does not mark spaces as LLaMA's does (dummy prefix, escaped spaces).")
+    pieces = {piece.piece for piece in model.pieces}
+    for role in ("bos", "eos"):
+        if getattr(model.trainer_spec, f"{role}_piece") not in pieces:
+            raise BadFile(
+                file, f"has no {role} piece; a base that marks the {_ENDS[role]} of a text is needed."
+            )
+    own = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
+    if own:
+        raise BadFile(
+            file, f"has user-defined pieces ({own[0]!r}), which Hugging Face tokenizers read differently."
+        )
     if not any(piece.type == BYTE for piece in model.pieces):
         raise BadFile(file, "has no byte pieces; a base with byte fallback is needed.")
     return model

@@ -65,6 +65,12 @@ def select(base: model_pb2.ModelProto, chinese: model_pb2.ModelProto) -> Selecti
             selection.dropped[piece.piece] = "not Chinese"
         elif text not in known:
             candidates.setdefault(text, piece.score)
+    lowest = min(candidates.values(), default=0.0)
+    for text in list(candidates):  # a join starts from characters, so each must be a piece
+        for character in text:
+            if character not in known and character not in candidates:
+                candidates[character] = lowest
+                selection.repaired.setdefault(text, []).append(character)
     ranked = sorted(candidates, key=lambda piece: (len(piece) == 1, -candidates[piece]))
     selection.pieces = ranked
     for _ in range(ROUNDS):

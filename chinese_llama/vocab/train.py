@@ -7,6 +7,7 @@ Latin letter; nothing is normalised, so full-width punctuation stays what it is.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,9 +109,13 @@ def _train(corpus: list[Path], vocab_size: int, model_type: str, counter: dict[s
             raise failure[0] from None
         if not counter["characters"]:
             raise UserError("The corpus holds no Chinese characters; give one that does.") from error
+        if too_small := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            raise UserError(
+                f"--vocab-size {vocab_size}: the corpus has more characters than that; give at least {too_small[1]}."
+            ) from error
         raise UserError(
-            f"A corpus of {counter['characters']:,} Chinese characters is too small for "
-            f"{vocab_size:,} pieces; give more text or a smaller --vocab-size."
+            f"A corpus of {counter['characters']:,} Chinese characters gives no {vocab_size:,} pieces; give "
+            "more text or a smaller --vocab-size."
         ) from error
     if failure:
         raise failure[0]

@@ -1,0 +1,62 @@
+"""What the commands of cli.py share: options that were given, the workspace, models, JSON files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from chinese_llama import workspace
+from chinese_llama.errors import UserError
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def workspace_for(command: str, given: dict[str, Any], *needed: str) -> workspace.Workspace:
+    """The workspace; needed where one of `needed` is not given. With everything given, an empty one
+    serves."""
+    missing = [name for name in needed if name not in given]
+    if missing:
+        options = " and ".join("--" + name.replace("_", "-") for name in missing)
+        return workspace.required(command, options)
+    return workspace.find() or workspace.Workspace.empty()
+
+
+def load(command: str, model: str | None) -> tuple[str, Any, Any]:
+    if model is None:
+        space = workspace.required(command, "--model")
+        model = str(space.path(space.settings.merge.output))
+        if not Path(model).is_dir():
+            raise UserError(
+                f"{model} does not exist yet; make it with chinese-llama merge --loras plus,alpaca."
+            )
+    from chinese_llama.model.load import check_pair, device, load_model, load_tokenizer, quiet_libraries
+
+    quiet_libraries()
+    tokenizer, loaded = load_tokenizer(model), load_model(model)
+    check_pair(loaded, tokenizer, model)
+    return model, loaded.to(device()), tokenizer
+
+
+def write_json(file: Path | None, content: Any) -> None:
+    if file is not None:
+        from chinese_llama.artifacts import write_text
+
+        write_text(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def repeated(argv: Sequence[str]) -> list[str]:
+    """`--corpus a b` as `--corpus a --corpus b`: lists are written as users write them."""
+    words: list[str] = []
+    option = ""
+    for word in argv:
+        if word.startswith("-"):
+            option = word if word in ("--corpus", "--text") else ""
+        elif option and words[-1] != option:
+            words.append(option)
+        words.append(word)
+    return words
