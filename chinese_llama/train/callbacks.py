@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -16,25 +17,39 @@ LOG = "log.jsonl"
 
 
 class JsonLog(TrainerCallback):
-    """Appends every log entry as a line of JSON: step, seconds since the start, and the figures.
+    """Appends every log entry as a line of JSON: step, seconds since the start, and the figures; with a
+    loss also tokens per second since the entry before it, and the peak of GPU memory in GiB.
 
     After a resume, entries past the checkpoint are dropped first: the log tells one story.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, block_size: int) -> None:
+        self.path, self.block_size = path, block_size
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.start = time.monotonic()
+        self.before = (state.global_step, 0.0)
         if state.is_world_process_zero:
             kept = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step]
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
-            entry = {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 3), **logs}
+            seconds = time.monotonic() - self.start
+            entry = {"step": state.global_step, "seconds": round(seconds, 3), **logs}
+            if "loss" in logs:
+                entry |= self._speed(args, state.global_step, seconds)
             with open(self.path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
+
+    def _speed(self, args: Any, step: int, seconds: float) -> dict[str, float]:
+        blocks = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        tokens = (step - self.before[0]) * blocks * self.block_size
+        figures: dict[str, float] = {"tokens_per_second": round(tokens / max(seconds - self.before[1], 1e-9))}
+        self.before = (step, seconds)
+        if torch.cuda.is_available():
+            figures["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        return figures
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -103,7 +103,8 @@ def _run(
         say(f"{recipe.name}: packing {', '.join(str(source.path) for source in found)}")
         packed = _Packer(tokenizer, blocks)
         data = dataset(found, packed, directory / "data", arguments.data_seed or arguments.seed)
-    trainer = _trainer(recipe.name, model, arguments, data, directory)
+    log = JsonLog(directory / LOG, length)
+    trainer = _trainer(recipe.name, model, arguments, data, log)
     _train(trainer, directory, recipe.name)
     manifest.metrics = _metrics(trainer, data, length, model)
     if trainer.is_world_process_zero():
@@ -203,14 +204,14 @@ def _model(recipe: Recipe[Any], adapters: list[Adapter], length: int) -> tuple[A
     return tokenizer, add_lora(model, config)
 
 
-def _trainer(name: str, model: Any, arguments: Any, data: Any, directory: Path) -> Trainer:
+def _trainer(name: str, model: Any, arguments: Any, data: Any, log: JsonLog) -> Trainer:
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     trainer = VocabularyTrainer(
         model=model,
         args=arguments,
         train_dataset=data,
         data_collator=default_data_collator,
-        callbacks=[JsonLog(directory / LOG), Bar(name)],
+        callbacks=[log, Bar(name)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

@@ -1,0 +1,54 @@
+"""What only a GPU shows; skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from chinese_llama.evaluate.bits import evaluate
+from chinese_llama.merging.plan import load
+from chinese_llama.merging.stream import merge
+from chinese_llama.quickstart.pipeline import recipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("embeddings", ["new-rows", "full", "frozen"])
+def test_training_in_bfloat16_learns_and_merges(
+    embeddings: str, extended: Path, work: Path, tmp_path: Path
+) -> None:
+    recipe("pt_lora").main(
+        [
+            *("--model_name_or_path", str(extended), "--data", str(work / "zh.jsonl"), "--lora_r", "8"),
+            *("--output_dir", str(tmp_path / "plus"), "--block_size", "64", "--max_steps", "30"),
+            *("--learning_rate", "1e-2", "--embeddings", embeddings, "--logging_steps", "10"),
+        ]
+    )
+    tensors = load_file(tmp_path / "plus" / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    merge(extended, [load("plus", tmp_path / "plus")], tmp_path / "merged")
+    before, after = (
+        evaluate(str(place), {"zh": work / "zh.jsonl"})["sets"]["zh"]["bits_per_character"]
+        for place in (extended, tmp_path / "merged")
+    )
+    assert after < before - 0.2
+
+
+def test_scores_are_those_of_the_cpu(extended: Path, work: Path) -> None:
+    from chinese_llama.data.formats import documents
+    from chinese_llama.evaluate.bits import evaluate_text
+    from chinese_llama.model.load import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(extended)
+    model = load_model(extended, "float32")
+    figures = [
+        evaluate_text(model.to(place), tokenizer, documents(work / "zh.jsonl"))["bits_per_byte"]
+        for place in ("cpu", "cuda")
+    ]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
