@@ -18,6 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -60,7 +63,7 @@ def main() -> None:
     )
     extend = [*tool, "extend-model", "--base", "base", "--tokenizer", "tokenizer", "--output", "extended"]
     rows.append(measured("extend-model", extend, work))
-    for embeddings in ("new-rows", "full"):
+    for embeddings in ("new-rows", "full") if torch.cuda.is_available() else ():
         train = [
             sys.executable,
             str(ROOT / "recipes" / "pt_lora.py"),
@@ -79,14 +82,14 @@ def main() -> None:
         train += ["--per_device_train_batch_size", str(options.batch), "--gradient_accumulation_steps", "1"]
         train += ["--block_size", str(options.block)]
         rows.append(measured(f"pt_lora, embeddings: {embeddings}", train, work) | log_of(work / embeddings))
-    merge = [*tool, "merge", "--base", "extended", "--loras", "a=new-rows", "--output", "merged"]
+    make_adapter(work / "adapter", work / "extended", options.layers, options.hidden)
+    merge = [*tool, "merge", "--base", "extended", "--loras", "a=adapter", "--output", "merged"]
     rows.append(measured("merge", merge, work))
     print(table(rows, options))
 
 
 def make_base(directory: Path, tokenizer: Path, layers: int, hidden: int) -> None:
     """A LLaMA with random weights, vocabulary 32,000, in shards of 5 GB."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -103,6 +106,42 @@ def make_base(directory: Path, tokenizer: Path, layers: int, hidden: int) -> Non
         model = LlamaForCausalLM(config)
     model.save_pretrained(str(directory), max_shard_size="5GB")
     shutil.copyfile(tokenizer, directory / "tokenizer.model")
+
+
+def make_adapter(directory: Path, extended: Path, layers: int, hidden: int) -> None:
+    """A LoRA adapter with random weights: r=8 on all projections, the new rows of both matrices."""
+    generator = torch.Generator().manual_seed(0)
+    rows = json.loads((extended / "config.json").read_text())["vocab_size"]
+    wide = hidden * 43 // 16
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, hidden),
+        "self_attn.v_proj": (hidden, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }
+    tensors = {}
+    for layer in range(layers):
+        for module, (out, into) in shapes.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(8, into, generator=generator) / into**0.5
+            tensors[f"{name}.lora_B.weight"] = torch.randn(out, 8, generator=generator) * 1e-3
+    for module in ("model.embed_tokens", "lm_head"):
+        name = f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
+        tensors[name] = torch.randn(rows - 32_000, hidden, generator=generator) * 0.02
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    ids = list(range(32_000, rows))
+    config = {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 32,
+        "target_modules": [m.partition(".")[2] for m in shapes],
+        "trainable_token_indices": {"embed_tokens": ids, "lm_head": ids},
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
 def measured(name: str, command: list[str], work: Path) -> dict[str, Any]:

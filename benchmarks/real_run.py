@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-HELD_OUT = 50  # one document in so many is held out
-LARGEST = 20_000  # characters of a held-out document that are scored
+HELD_OUT = {"zh": 50, "en": 10, "instructions": 50}  # one document in so many is held out
+LARGEST = 2_000  # characters of a held-out document that are scored
 
 WORKSPACE = """\
 base: {base}
@@ -97,7 +97,7 @@ def slices(data: Path, work: Path) -> None:
             open(work / f"{name}_heldout.jsonl", "w", encoding="utf-8") as held,
         ):
             for record in records(data / f"{source}.jsonl.gz"):
-                out = is_held_out(record["text"])
+                out = is_held_out(record["text"], name)
                 text = record["text"][:LARGEST] if out else record["text"]
                 print(json.dumps({"text": text}, ensure_ascii=False), file=held if out else train)
     with open(work / "instructions.jsonl", "w", encoding="utf-8") as train:
@@ -105,7 +105,7 @@ def slices(data: Path, work: Path) -> None:
             if (
                 record["instruction"].strip()
                 and record["output"].strip()
-                and not is_held_out(record["instruction"])
+                and not is_held_out(record["instruction"], "instructions")
             ):
                 print(json.dumps(record, ensure_ascii=False), file=train)
 
@@ -115,8 +115,8 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, stream)
 
 
-def is_held_out(text: str) -> bool:
-    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % HELD_OUT == 0
+def is_held_out(text: str, source: str) -> bool:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % HELD_OUT[source] == 0
 
 
 def run(work: Path) -> dict[str, Any]:

@@ -66,9 +66,14 @@ def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
         path.relative_to(directory).as_posix(): _file_record(path) for path in identity_files(directory)
     }
     manifest.sha256 = _digest(manifest.files)
-    manifest.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    manifest.created = now()
     write_text(directory / MANIFEST, json.dumps(asdict(manifest), ensure_ascii=False, indent=1) + "\n")
     return manifest
+
+
+def now() -> str:
+    """The time in UTC, to the second, as manifests have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def identity_files(directory: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from chinese_llama import __version__, workspace
-from chinese_llama.commandline import given, load, repeated, workspace_for, write_json
+from chinese_llama.commandline import given, load, note_if_kept, repeated, workspace_for, write_json
 from chinese_llama.errors import UserError, report
 
 app = typer.Typer(
@@ -109,6 +109,7 @@ def train_vocab(
     made, manifest = stages.trained_vocab(
         workspace_for("train-vocab", options, "corpus", "output"), options, force
     )
+    note_if_kept(made)
     typer.echo(
         f"{made / MODEL}: {manifest.vocab_size:,} pieces from {manifest.metrics['characters']:,} Chinese characters."
     )
@@ -144,6 +145,7 @@ def extend_vocab(
     options = given(base=base, chinese_sp=chinese_sp, output=output, policy=policy, pad_token=pad_token)
     space = workspace_for("extend-vocab", options, "base", "chinese_sp", "output")
     made, told = stages.extended_tokenizer(space, options, force)
+    note_if_kept(made)
     typer.echo(
         f"{made}: {told['base_vocab_size']:,} pieces + {told['new_pieces']:,} = {told['vocab_size']:,}."
     )
@@ -218,6 +220,7 @@ def extend_model(
     )
     space = workspace_for("extend-model", options, "base", "tokenizer", "output")
     made, manifest = stages.extended_model(space, options, force)
+    note_if_kept(made)
     typer.echo(
         f"{made}: {manifest.metrics['base_vocab_size']:,} -> {manifest.metrics['rows']:,} rows ({manifest.settings['init']})."
     )
@@ -251,6 +254,7 @@ def merge(
 
     options = given(base=base, loras=loras, output=output)
     made, manifest = merged_model(workspace_for("merge", options, "base", "loras", "output"), options, force)
+    note_if_kept(made)
     metrics = manifest.metrics
     typer.echo(
         f"{made}: {' + '.join(manifest.settings['loras'])} merged into {manifest.inputs['base']['path']}; "

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from chinese_llama import workspace
+from chinese_llama.artifacts import now, read_manifest
 from chinese_llama.errors import UserError
+from chinese_llama.progress import say
+
+STARTED = now()
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -24,6 +28,13 @@ def workspace_for(command: str, given: dict[str, Any], *needed: str) -> workspac
         options = " and ".join("--" + name.replace("_", "-") for name in missing)
         return workspace.required(command, options)
     return workspace.find() or workspace.Workspace.empty()
+
+
+def note_if_kept(directory: Path) -> None:
+    """Say so where a command left a result that stands as it was."""
+    manifest = read_manifest(directory)
+    if manifest and manifest.created < STARTED:
+        say(f"{directory} stands: made {manifest.created} from the same inputs; --force makes it again.")
 
 
 def load(command: str, model: str | None) -> tuple[str, Any, Any]:

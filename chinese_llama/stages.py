@@ -5,15 +5,13 @@ A result that stands (made from the same inputs with the same settings) is kept.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from chinese_llama.artifacts import Manifest, read_manifest
+from chinese_llama.artifacts import Manifest
 from chinese_llama.data.formats import as_paths
 from chinese_llama.errors import UserError
 from chinese_llama.hub import local
-from chinese_llama.progress import say
 from chinese_llama.workspace import Workspace
 
 Options = dict[str, Any]
@@ -32,7 +30,6 @@ def trained_vocab(workspace: Workspace, given: Options, force: bool) -> tuple[Pa
                 "nor train_vocab.corpus (text to train one on); add one."
             )
         options["corpus"] = as_paths(workspace.paths(section.corpus))
-    announce("train-vocab", options, force)
     return options["output"], train_vocab(**options, force=force)
 
 
@@ -51,7 +48,6 @@ def extended_tokenizer(workspace: Workspace, given: Options, force: bool) -> tup
         options["chinese_sp"] = (
             workspace.path(own) if own else trained_vocab(workspace, {}, force=False)[0] / MODEL
         )
-    announce("extend-vocab", options, force)
     return options["output"], extend_vocab(**options, force=force)
 
 
@@ -66,7 +62,6 @@ def extended_model(workspace: Workspace, given: Options, force: bool) -> tuple[P
     options["base"] = local(options["base"])
     if "tokenizer" not in given:
         options["tokenizer"] = extended_tokenizer(workspace, {}, force=False)[0]
-    announce("extend-model", options, force)
     return options["output"], extend_model(**options, force=force)
 
 
@@ -83,13 +78,3 @@ def options_of(workspace: Workspace, section: Any, names: tuple[str, ...], given
     options = {name: getattr(section, name) for name in names}
     options |= {"output": workspace.path(section.output), "keep": "output" not in given}
     return {**options, **given}
-
-
-def announce(command: str, options: Options, force: bool) -> None:
-    """Say which result a stage makes, or that one is there that is kept if it fits."""
-    output = options["output"]
-    manifest = read_manifest(output) if output.is_dir() and options["keep"] and not force else None
-    if manifest:
-        say(f"{command}: {output} was made {manifest.created}; --force makes it again.")
-    elif sys.stderr.isatty():
-        say(f"{command}: making {output}")

@@ -173,6 +173,7 @@ def _bars(title: str, labels: Sequence[str], values: Sequence[float]) -> str:
     drawn = axes.bar(labels, values, color=COLOURS)
     axes.bar_label(drawn, fmt="%.2f", color="#888888")
     axes.set(title=title)
+    axes.margins(y=0.12)
     return _svg(figure)
 
 

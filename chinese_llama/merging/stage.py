@@ -9,7 +9,7 @@ from chinese_llama.errors import UserError
 from chinese_llama.hub import local
 from chinese_llama.merging.plan import parse_list, resolve
 from chinese_llama.merging.stream import merge
-from chinese_llama.stages import Options, announce, options_of
+from chinese_llama.stages import Options, options_of
 from chinese_llama.workspace import Workspace
 
 
@@ -28,5 +28,4 @@ def merged_model(workspace: Workspace, given: Options, force: bool) -> tuple[Pat
                 f"{options['base']} does not exist; make it with chinese-llama extend-model, or give --base."
             )
     options["base"] = local(options["base"])
-    announce("merge", options, force)
     return options["output"], merge(**options, force=force)
