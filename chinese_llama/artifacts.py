@@ -21,6 +21,7 @@ from typing import Any
 
 from chinese_llama import __version__
 from chinese_llama.errors import BadFile, OutputExists, UserError
+from chinese_llama.progress import track
 
 MANIFEST = "chinese_llama.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -96,8 +97,10 @@ def identity_files(directory: Path) -> list[Path]:
 def sha256_file(path: Path) -> str:
     """sha256 of the bytes of `path`, as 64 hex digits."""
     digest = hashlib.sha256()
+    size = 1 << 20
     with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
+        blocks = iter(lambda: stream.read(size), b"")
+        for block in track(blocks, f"hashing {path.name}", -(-path.stat().st_size // size), "MiB"):
             digest.update(block)
     return digest.hexdigest()
 

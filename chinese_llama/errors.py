@@ -57,6 +57,6 @@ def report(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("Stopped; nothing half-written is left.", file=sys.stderr)
+        print("Stopped; nothing half-written is left. Give the same command again.", file=sys.stderr)
         return 130
     return 0

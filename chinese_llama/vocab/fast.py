@@ -7,6 +7,7 @@ score, spaces marked by the normaliser, no pre-tokenizer, byte fallback.
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,7 @@ def tokenizer_json(model: model_pb2.ModelProto) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [_added_token(i, p) for i, p in enumerate(model.pieces) if _is_special(p)],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": SPACE},
-                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-            ],
-        },
+        "normalizer": {"type": "Sequence", "normalizers": normalizers(model.normalizer_spec)},
         "pre_tokenizer": None,
         "post_processor": _post_processor(model, names["bos_token"]),
         "decoder": {
@@ -47,7 +42,7 @@ def tokenizer_json(model: model_pb2.ModelProto) -> dict[str, Any]:
                 {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                *_strip(model.normalizer_spec),
             ],
         },
         "model": {
@@ -63,6 +58,29 @@ def tokenizer_json(model: model_pb2.ModelProto) -> dict[str, Any]:
             "merges": merges(model),
         },
     }
+
+
+def _strip(spec: model_pb2.NormalizerSpec) -> list[dict[str, Any]]:
+    """What SentencePiece takes off the beginning of a decoded text: the space of the dummy prefix, or
+    all spaces."""
+    if not (spec.add_dummy_prefix or spec.remove_extra_whitespaces):
+        return []
+    spaces = 1_000_000 if spec.remove_extra_whitespaces else 1
+    return [{"type": "Strip", "content": " ", "start": spaces, "stop": 0}]
+
+
+def normalizers(spec: model_pb2.NormalizerSpec) -> list[dict[str, Any]]:
+    """What SentencePiece does to a text before it looks for pieces, in its order."""
+    steps: list[dict[str, Any]] = []
+    if spec.precompiled_charsmap:
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if spec.remove_extra_whitespaces:
+        steps.append({"type": "Replace", "pattern": {"Regex": "\\A +|[ \u2581]+\\z"}, "content": ""})
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    if spec.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    return [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
 
 
 def merges(model: model_pb2.ModelProto) -> list[tuple[str, str]]:

@@ -46,19 +46,17 @@ def tokenizer_model(path: Path) -> Path:
 
 
 def read_base(path: Path) -> model_pb2.ModelProto:
-    """A base tokenizer that can be extended: SentencePiece BPE, identity normaliser, dummy prefix.
+    """A base tokenizer that can be extended: SentencePiece BPE with byte fallback, bos and eos.
 
-    Raises BadFile for any other model, saying what it is instead.
+    Raises BadFile for any other model, saying what it lacks.
     """
     file = tokenizer_model(path)
     model = read_model(file)
     normalizer = model.normalizer_spec
     if model.trainer_spec.model_type != BPE:
         raise BadFile(file, "is not a BPE model; only SentencePiece-BPE bases can be extended.")
-    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
-        raise BadFile(file, "normalises its input; only bases that keep text as it is can be extended.")
-    if not (normalizer.add_dummy_prefix and normalizer.escape_whitespaces):
-        raise BadFile(file, "does not mark spaces as LLaMA's does (dummy prefix, escaped spaces).")
+    if not normalizer.escape_whitespaces or model.trainer_spec.treat_whitespace_as_suffix:
+        raise BadFile(file, "does not write spaces as LLaMA's does (a mark before the word).")
     pieces = {piece.piece for piece in model.pieces}
     for role in ("bos", "eos"):
         if getattr(model.trainer_spec, f"{role}_piece") not in pieces:

@@ -103,6 +103,8 @@ def _repair(selection: Selection, dead: dict[str, list[str]]) -> None:
     known = set(selection.pieces)
     before: dict[str, str] = {}
     for piece, parts in dead.items():
+        if len(parts) < 2:  # the normaliser makes another character of it
+            continue
         joined = parts[0] + parts[1]
         if joined not in known and joined != piece and is_chinese(joined):
             known.add(joined)

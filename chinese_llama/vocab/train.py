@@ -23,11 +23,12 @@ from chinese_llama.artifacts import (
 )
 from chinese_llama.data.formats import documents
 from chinese_llama.errors import UserError
-from chinese_llama.progress import track
+from chinese_llama.progress import say, track
 from chinese_llama.vocab.scripts import RUN
 
 MODEL = "chinese_sp.model"
 LONGEST_RUN = 1000  # characters; SentencePiece drops longer "sentences" without a word
+SLOW = 5_000_000  # characters; fewer are trained on in seconds
 SENTENCES = 4_000_000  # kept in memory by the trainer, sampled from the whole stream
 
 
@@ -83,6 +84,8 @@ def _train(corpus: list[Path], vocab_size: int, model_type: str, counter: dict[s
     def runs() -> Iterator[str]:
         try:
             yield from _runs(corpus, counter)
+            if counter["characters"] > SLOW:
+                say(f"train-vocab: {vocab_size:,} pieces from {counter['characters']:,} characters ...")
         except BaseException as error:
             failure.append(error)
             raise

@@ -93,9 +93,7 @@ def test_tokenizer_model_is_found_in_a_directory_or_given_itself(base: Path, tmp
     ("options", "message"),
     [
         ({"model_type": "unigram"}, "is not a BPE model"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "normalises its input"),
-        ({"remove_extra_whitespaces": True}, "normalises its input"),
-        ({"add_dummy_prefix": False}, "does not mark spaces as LLaMA's does"),
+        ({"treat_whitespace_as_suffix": True}, "does not write spaces as LLaMA's does"),
         ({"byte_fallback": False, "vocab_size": 200}, "has no byte pieces"),
     ],
 )

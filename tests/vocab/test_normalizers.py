@@ -1,0 +1,74 @@
+"""Bases whose SentencePiece models treat spaces or characters in other ways than LLaMA's."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+from chinese_llama.vocab.audit import PROBES, fast_ids, fast_reader
+from chinese_llama.vocab.fast import write_tokenizer
+from chinese_llama.vocab.merge import extend_vocab
+from chinese_llama.vocab.proto import encoder, read_model
+from tests import tiny
+
+KINDS: dict[str, dict[str, Any]] = {
+    "extra spaces removed": {"normalization_rule_name": "identity", "remove_extra_whitespaces": True},
+    "no dummy prefix": {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+    },
+    "nmt_nfkc": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+}
+
+
+def trained(kind: str) -> model_pb2.ModelProto:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny.ENGLISH),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        minloglevel=2,
+        **KINDS[kind],
+    )
+    proto = model_pb2.ModelProto()
+    proto.ParseFromString(model.getvalue())
+    return proto
+
+
+@pytest.fixture(scope="module", params=sorted(KINDS))
+def extended(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, chinese_sp: Path
+) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "base").mkdir()
+    write_tokenizer(folder / "base", trained(request.param), None)
+    report = extend_vocab(folder / "base", chinese_sp, folder / "tokenizer")
+    assert report["new_pieces"] > 50 and not report["checks"]["broken"]
+    return folder / "tokenizer"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    texts=st.lists(st.text(st.sampled_from(" \t\n中国的首都ab12，！。<s>é\u3000"), max_size=30), min_size=1)
+)
+def test_both_readers_agree(extended: Path, texts: list[str]) -> None:
+    texts += PROBES
+    processor = encoder(read_model(extended / "tokenizer.model"))
+    assert fast_ids(fast_reader(extended), texts) == processor.encode(texts)
+
+
+def test_decoding_gives_what_sentencepiece_gives(extended: Path) -> None:
+    processor, reader = encoder(read_model(extended / "tokenizer.model")), fast_reader(extended)
+    for text in PROBES:
+        ids = processor.encode(text)
+        assert reader.decode(ids) == processor.decode(ids)
