@@ -102,11 +102,7 @@ def slices(data: Path, work: Path) -> None:
                 print(json.dumps({"text": text}, ensure_ascii=False), file=held if out else train)
     with open(work / "instructions.jsonl", "w", encoding="utf-8") as train:
         for record in records(data / "alpaca_zh.jsonl.gz"):
-            if (
-                record["instruction"].strip()
-                and record["output"].strip()
-                and not is_held_out(record["instruction"], "instructions")
-            ):
+            if not is_held_out(record["instruction"], "instructions"):
                 print(json.dumps(record, ensure_ascii=False), file=train)
 
 

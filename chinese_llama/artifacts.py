@@ -8,10 +8,10 @@ was made from (sha256), with which settings, and what was measured.
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -109,7 +109,7 @@ def identity(path: Path) -> str:
     """sha256 that names a file, or a directory by its identity files (see `identity_files`).
 
     Hashes recorded in a manifest are trusted for files whose size and modification time still
-    are the recorded ones, so that a large base is read only once.
+    are the recorded ones; a base without a manifest is read as a whole.
     """
     path = Path(path)
     if path.is_file():
@@ -163,6 +163,13 @@ def stands(target: Path, wanted: Manifest, force: bool) -> bool:
     return True
 
 
+def again(command: str) -> str:
+    """What to type to make the result of a workspace's command again."""
+    if command.endswith("_lora"):
+        return f"accelerate launch recipes/{command}.py --force true"
+    return f"chinese-llama {command} --force"
+
+
 def _difference(found: Manifest, wanted: Manifest) -> str:
     if found.command != wanted.command:
         return f"command ({found.command})"
@@ -178,17 +185,29 @@ def _difference(found: Manifest, wanted: Manifest) -> str:
 
 
 def check_output(target: Path, force: bool) -> None:
-    """Raise OutputExists if `target` is there (an empty directory is not), unless `force`."""
+    """Raise OutputExists if `target` is there (an empty directory is not), unless `force`.
+
+    With `force`, what may be replaced is a result of this tool or a directory of files only, never
+    the current directory or one above it.
+    """
     try:
         target.lstat()
     except FileNotFoundError:
         return
     except OSError as error:
         raise _unwritable(target, error) from error
-    if target.is_file() and not force:
+    if target.is_file():
         raise OutputExists(f"{target} is a file; give a directory that does not exist yet.")
-    if target.is_dir() and any(target.iterdir()) and not force:
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not force:
         raise OutputExists(f"{target} exists; --force replaces it, or give another output directory.")
+    ours = (target / MANIFEST).is_file()
+    here = Path.cwd().is_relative_to(target.resolve())
+    if here or not (ours or all(path.is_file() for path in target.iterdir())):
+        raise OutputExists(
+            f"{target} holds more than a result of this tool; remove it yourself, or give another output."
+        )
 
 
 @contextlib.contextmanager
@@ -252,10 +271,12 @@ def _unwritable(target: Path, error: OSError) -> UserError:
 
 def _remove_stale(target: Path) -> None:
     """Remove what killed runs of this tool left beside `target`; put back what one had moved aside."""
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        pid, kind = left.name.split(".")[-2:]
-        if kind not in ("partial", "old") or not pid.isdigit() or _alive(int(pid)):
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(partial|old)")
+    for left in list(target.parent.iterdir()):
+        match = pattern.fullmatch(left.name)
+        if not match or _alive(int(match[1])):
             continue
+        kind = match[2]
         if kind == "old" and not target.exists():
             os.rename(left, target)
         elif left.is_dir() and not left.is_symlink():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -59,28 +58,41 @@ def _options(
 )
 def init(
     directory: Annotated[Path, typer.Argument(help="Directory of the new workspace.")],
-    base: Annotated[
-        str, typer.Option(help="The HF model to adapt: a directory or a hub id.")
-    ] = "path/to/base",
-    corpus: Annotated[str, typer.Option(help="Chinese text.")] = "path/to/zh.jsonl",
-    instructions: Annotated[str, typer.Option(help="Instruction records.")] = "path/to/instructions.jsonl",
+    base: Annotated[str | None, typer.Option(help="The HF model to adapt: a directory or a hub id.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Chinese text.")] = None,
+    instructions: Annotated[Path | None, typer.Option(help="Instruction records.")] = None,
     force: Force = False,
 ) -> None:
-    """Write a commented chinese-llama.yaml for your own base and corpus."""
+    """Write a commented chinese-llama.yaml for your own base and corpus, and a copy of recipes/."""
     from chinese_llama.artifacts import write_text
+    from chinese_llama.hub import is_hub_id
+    from chinese_llama.resources import place_recipes
 
     file = directory / workspace.FILE
     if file.exists() and not force:
         raise UserError(f"{file} exists; --force replaces it.")
-    places = [os.path.abspath(p) if Path(p).exists() else p for p in (base, corpus, instructions)]
+    for place in (base, corpus, instructions):
+        if place is not None and not Path(place).exists() and not is_hub_id(place):
+            raise UserError(f"{place}: no such file or directory.")
+    there = directory.absolute()
+    places = [_seen_from(there, place) for place in (base, corpus, instructions)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        place_recipes(directory)
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror}).") from error
     write_text(file, workspace.template(*places))
     typer.echo(
         f"{file} is written. Check base, corpus and data in it; then, in {directory}:\n  chinese-llama extend-vocab"
     )
+
+
+def _seen_from(directory: Path, place: str | Path | None) -> str | None:
+    """A path as the workspace in `directory` has it: relative if it lies below, else whole."""
+    if place is None or not Path(place).exists():
+        return None if place is None else str(place)
+    whole = Path(place).absolute()
+    return str(whole.relative_to(directory) if whole.is_relative_to(directory) else whole)
 
 
 @app.command(

@@ -54,6 +54,11 @@ def report(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
             raise
         print(f"Error: {error}" if not isinstance(error, Interrupted) else error, file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 2
+    except OSError as error:
+        if debug or error.strerror is None:
+            raise
+        print(f"Error: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         if debug:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -34,8 +35,9 @@ def track(
 
 
 def say(line: str) -> None:
-    """One line of what is going on, to stderr (results go to stdout)."""
-    print(line, file=sys.stderr, flush=True)
+    """One line of what is going on, to stderr (results go to stdout); from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 class Stopwatch:

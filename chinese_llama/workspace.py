@@ -95,6 +95,11 @@ class Workspace:
         path = self.path(value)
         return value if is_hub_id(value) and not path.parent.exists() else str(path)
 
+    def item(self, value: str) -> str:
+        """An item of a list of adapters: the directory in `name=directory` made whole."""
+        name, equals, place = str(value).partition("=")
+        return f"{name}={self.place(place)}" if equals else name
+
     def paths(self, value: Any) -> Any:
         """Whole paths in a path, a list of paths, or a list of {path, weight}."""
         if isinstance(value, list):
@@ -197,7 +202,11 @@ merge:
 """
 
 
-def template(base: str, corpus: str, instructions: str) -> str:
-    """The commented workspace file that `chinese-llama init` writes."""
-    quoted = (json.dumps(place, ensure_ascii=False) for place in (base, corpus, instructions))
-    return TEMPLATE.format(**dict(zip(("base", "corpus", "instructions"), quoted, strict=True)))
+def template(base: str | None, corpus: str | None, instructions: str | None) -> str:
+    """The commented workspace file that `chinese-llama init` writes; None leaves a place to fill in."""
+    places = {
+        "base": base or "path/to/base",
+        "corpus": corpus or "path/to/zh.jsonl",
+        "instructions": instructions or "path/to/instructions.jsonl",
+    }
+    return TEMPLATE.format(**{name: json.dumps(p, ensure_ascii=False) for name, p in places.items()})

@@ -1,7 +1,7 @@
 """Continued pretraining with LoRA and trainable rows for the new pieces.
 
     accelerate launch recipes/pt_lora.py                                  # in a workspace
-    accelerate launch recipes/pt_lora.py --config recipes/configs/pt_7b_24gb.yaml \\
+    accelerate launch recipes/pt_lora.py --config recipes/configs/pt_7b_80gb.yaml \\
         --model_name_or_path work/extended --data zh.jsonl --output_dir work/plus
     python recipes/pt_lora.py --config recipes/configs/pt_tiny_cpu.yaml --max_steps 20
 
@@ -32,6 +32,7 @@ DEFAULTS = {
     "report_to": "none",
     "remove_unused_columns": False,
     "disable_tqdm": True,
+    "ddp_timeout": 86_400,  # seconds; the first process packs while the others wait
 }
 BATCH = 256  # documents
 

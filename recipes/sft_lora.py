@@ -1,7 +1,7 @@
 """Instruction tuning with LoRA, on the base with the adapters below it baked in.
 
     accelerate launch recipes/sft_lora.py                                 # in a workspace
-    accelerate launch recipes/sft_lora.py --config recipes/configs/sft_7b_24gb.yaml \\
+    accelerate launch recipes/sft_lora.py --config recipes/configs/sft_7b_80gb.yaml \\
         --model_name_or_path work/extended --adapters plus=work/plus \\
         --data alpaca_zh.jsonl --output_dir work/alpaca
 
@@ -31,6 +31,7 @@ DEFAULTS = {
     "report_to": "none",
     "remove_unused_columns": False,
     "disable_tqdm": True,
+    "ddp_timeout": 86_400,  # seconds; the first process packs while the others wait
 }
 
 

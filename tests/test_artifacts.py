@@ -297,3 +297,27 @@ def test_the_first_difference_is_named(tmp_path: Path, change: dict[str, Any], d
     found = artifact(tmp_path / "a", inputs=inputs, settings={"r": 8})
     with pytest.raises(OutputExists, match=f"a was made with {difference}; --force makes it again"):
         stands(tmp_path / "a", replace(found, **change), force=False)
+
+
+def test_force_does_not_replace_what_is_not_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine" / "deeper").mkdir(parents=True)
+    (tmp_path / "mine" / "deeper" / "thesis.txt").write_text("x")
+    with (
+        pytest.raises(OutputExists, match="holds more than a result of this tool"),
+        new_directory(tmp_path / "mine", force=True),
+    ):
+        pass
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "file").write_text("x")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputExists, match="holds more"), new_directory(tmp_path / "here", force=True):
+        pass
+    assert (tmp_path / "mine" / "deeper" / "thesis.txt").read_text() == "x"
+
+
+def test_leftovers_of_another_output_with_a_longer_name_stay(tmp_path: Path) -> None:
+    left = tmp_path / ".a.b.999999999.old"
+    left.mkdir()
+    with new_directory(tmp_path / "a") as partial:
+        (partial / "file").write_text("x")
+    assert left.is_dir()

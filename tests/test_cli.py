@@ -78,11 +78,14 @@ def test_version(run: Run) -> None:
 @pytest.mark.parametrize(
     ("written", "read"),
     [
-        ("x --corpus a b c --output d", "x --corpus a --corpus b --corpus c --output d"),
-        ("x --corpus a --corpus b", "x --corpus a --corpus b"),
-        ("x --corpus a a --text n=b m=c", "x --corpus a --corpus a --text n=b --text m=c"),
+        ("train-vocab --corpus a b c --output d", "train-vocab --corpus a --corpus b --corpus c --output d"),
+        ("eval --corpus a --corpus b", "eval --corpus a --corpus b"),
+        (
+            "audit-vocab --corpus a a --text n=b m=c",
+            "audit-vocab --corpus a --corpus a --text n=b --text m=c",
+        ),
         ("x --output a b", "x --output a b"),
-        ("init a --base b", "init a --base b"),
+        ("init --corpus b a", "init --corpus b a"),
     ],
 )
 def test_a_list_is_written_either_way(written: str, read: str) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-from chinese_llama.resources import shipped
-
 BIN = Path(sys.executable).parent
 GIB = 1 << 20  # ru_maxrss counts KiB
 
@@ -90,7 +88,7 @@ def test_the_report_is_one_page_without_network(workspace: Path) -> None:
 def test_the_three_commands_work_as_typed(workspace: Path) -> None:
     commands = (
         ("chinese-llama", "extend-vocab"),
-        ("accelerate", "launch", str(shipped("recipes") / "pt_lora.py")),
+        ("accelerate", "launch", "recipes/pt_lora.py"),
         ("chinese-llama", "merge", "--loras", "plus,alpaca"),
     )
     for command in commands:
@@ -107,7 +105,7 @@ def test_accelerate_launch_trains(workspace: Path) -> None:
     command = (
         "accelerate",
         "launch",
-        str(shipped("recipes") / "pt_lora.py"),
+        "recipes/pt_lora.py",
         "--output_dir",
         "other",
         "--max_steps",

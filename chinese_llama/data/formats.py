@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from chinese_llama.errors import BadFile, UserError
+from chinese_llama.progress import say
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
@@ -40,17 +41,24 @@ def documents(path: Path) -> Iterator[str]:
 def instructions(path: Path) -> Iterator[dict[str, str]]:
     """The records {"instruction", "input", "output"} of a file or directory; `input` may be absent.
 
-    Raises BadFile for a record without instruction or output, and where there is no record.
+    Records with an empty instruction or output are left out, and their number is told. Raises BadFile
+    for a record without one of these fields, and where no record is left.
     """
-    found = False
+    found = empty = 0
     for file in corpus_files(path):
         if _kind(file) == ".txt":
             raise BadFile(file, "is plain text; instructions come as .jsonl, .json or .parquet records.")
         for line, record in _records(file):
-            found = True
-            yield _instruction(file, line, record)
+            instruction = _instruction(file, line, record)
+            if instruction["instruction"].strip() and instruction["output"].strip():
+                found += 1
+                yield instruction
+            else:
+                empty += 1
     if not found:
         raise BadFile(path, "holds no instructions.")
+    if empty:
+        say(f"{path}: left out {empty:,} of {found + empty:,} records, whose instruction or output is empty.")
 
 
 def corpus_files(path: Path) -> list[Path]:
@@ -209,10 +217,11 @@ def _instruction(path: Path, line: int | None, record: Any) -> dict[str, str]:
         raise BadFile(path, "is not a record with instruction and output.", line)
     result = {}
     for name in ("instruction", "input", "output"):
-        value = record.get(name) or ""
+        if name not in record and name != "input":
+            raise BadFile(path, f"has no {name!r} (found: {', '.join(record) or 'nothing'}).", line)
+        value = record.get(name)
+        value = "" if value is None else value
         if not isinstance(value, str):
             raise BadFile(path, f"the field {name!r} is not text.", line)
-        if not value.strip() and name != "input":
-            raise BadFile(path, f"has no {name!r}.", line)
         result[name] = _unicode(path, line, value)
     return result

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from chinese_llama.data.templates import IGNORE, Sample
+from chinese_llama.progress import say
 
 
 @dataclass
@@ -58,9 +59,11 @@ def pack_documents(
 
 
 def pack_samples(samples: Iterable[Sample], block_size: int, filler: int) -> Iterator[dict[str, list[int]]]:
-    """Blocks from whole samples, in order; a sample longer than a block is left out."""
+    """Blocks from whole samples, in order; samples longer than a block are left out, and told."""
     block = Block()
+    kept = long = 0
     for sample in samples:
+        kept, long = (kept + 1, long) if len(sample.input_ids) <= block_size else (kept, long + 1)
         if len(sample.input_ids) > block_size:
             continue
         if len(block.input_ids) + len(sample.input_ids) > block_size:
@@ -69,3 +72,5 @@ def pack_samples(samples: Iterable[Sample], block_size: int, filler: int) -> Ite
         block.add(sample.input_ids, sample.labels)
     if block.input_ids:
         yield block.filled(block_size, filler)
+    if long:
+        say(f"Left out {long:,} of {kept + long:,} samples: longer than {block_size} tokens.")

@@ -23,6 +23,7 @@ class Adapter:
     path: Path
     config: dict[str, Any]
     manifest: Manifest | None
+    published: dict[str, Any] | None = None  # its entry in the registry
 
     @property
     def file(self) -> Path:
@@ -71,8 +72,12 @@ def resolve(item: str, found: workspace.Workspace | None) -> Adapter:
     if Path(item).is_dir():
         return load(Path(item).name, Path(item))
     registry = load_yaml(shipped("merge") / "adapters.yaml")
-    if item in registry:
-        return load(item, local(registry[item]["hub"]))
+    hubs = {entry["hub"]: name for name, entry in registry.items()}
+    if item in registry or item in hubs:
+        published = item if item in registry else hubs[item]
+        adapter = load(published, local(registry[published]["hub"]))
+        adapter.published = registry[published]
+        return adapter
     if is_hub_id(item):
         return load(item.split("/")[1], local(item))
     raise UserError(_unknown(item, own, list(registry), found))
@@ -116,11 +121,21 @@ def check_lineage(base: Path, adapters: list[Adapter]) -> None:
         if digest in digests:
             raise DoesNotFit(f"The adapters {digests[digest]!r} and {adapter.name!r} are the same one.")
         digests[digest] = adapter.name
+        _check_published(adapter, [other.name for other in adapters[:position]])
         if adapter.manifest is None:
             continue
         _check_base(base, adapter)
         if adapter.parents != list(digests)[:position]:
             raise DoesNotFit(_wrong_order(adapter, adapters))
+
+
+def _check_published(adapter: Adapter, below: list[str]) -> None:
+    needed = adapter.published["after"] if adapter.published else below
+    if below != needed:
+        raise DoesNotFit(
+            f"The adapter {adapter.name!r} must be merged {'after ' + ', '.join(needed) if needed else 'first'}: "
+            f"--loras {','.join([*needed, adapter.name])}."
+        )
 
 
 def _check_base(base: Path, adapter: Adapter) -> None:

@@ -18,7 +18,7 @@ def merged_model(workspace: Workspace, given: Options, force: bool) -> tuple[Pat
     name (merging.plan.resolve)."""
     section = workspace.settings.merge
     options = options_of(workspace, section, (), given)
-    names = parse_list(options.pop("loras", ",".join(map(str, section.loras))))
+    names = parse_list(options.pop("loras", ",".join(map(workspace.item, section.loras))))
     found = workspace if workspace.file.is_file() else None
     options["adapters"] = [resolve(name, found) for name in names]
     if "base" not in given:

@@ -11,6 +11,7 @@ from typing import Any
 
 from chinese_llama.artifacts import read_manifest
 from chinese_llama.errors import BadFile, DoesNotFit
+from chinese_llama.hub import local
 from chinese_llama.model.resize import copy_tokenizer
 
 
@@ -30,13 +31,14 @@ def load_tokenizer(place: str | Path) -> Any:
     """The fast tokenizer of a directory or hub id. Raises BadFile where there is none."""
     from transformers import AutoTokenizer
 
+    place = local(place)
     _check_place(place, ("tokenizer.json", "tokenizer.model"), "tokenizer")
-    if Path(place).is_dir() and not (Path(place) / "tokenizer.json").is_file():
+    if not (place / "tokenizer.json").is_file():
         with tempfile.TemporaryDirectory() as made:  # transformers' own conversion gives other ids
-            copy_tokenizer(Path(place), Path(made))
+            copy_tokenizer(place, Path(made))
             return load_tokenizer(made)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=Path(place).is_dir())
+        tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
     except Exception as error:  # transformers raises many kinds
         raise BadFile(place, f"has no tokenizer that loads ({_first_line(error)}).") from error
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
@@ -52,13 +54,14 @@ def load_model(place: str | Path, dtype: str = "auto") -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    place = local(place)
     _check_place(place, ("config.json",), "model")
     dtype = resolve_dtype(dtype)
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             str(place),
             dtype=getattr(torch, dtype),
-            local_files_only=Path(place).is_dir(),
+            local_files_only=True,
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises many kinds
@@ -104,13 +107,11 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _check_place(place: str | Path, files: tuple[str, ...], what: str) -> None:
-    path = Path(place)
-    if path.is_dir():
-        if not any((path / file).is_file() for file in files):
-            raise BadFile(path, f"holds no {what} (no {' or '.join(files)}).")
-    elif path.exists() or str(place).count("/") != 1 or str(place)[0] in "./~":
-        raise BadFile(path, f"is no directory with a {what}.")
+def _check_place(place: Path, files: tuple[str, ...], what: str) -> None:
+    if not place.is_dir():
+        raise BadFile(place, f"is no directory with a {what}.")
+    if not any((place / file).is_file() for file in files):
+        raise BadFile(place, f"holds no {what} (no {' or '.join(files)}).")
 
 
 def _first_line(error: Exception) -> str:

@@ -39,7 +39,7 @@ def lora_config(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
         **extra,
     )
 
@@ -51,11 +51,14 @@ def add_lora(model: Any, config: Any) -> Any:
     from peft import get_peft_model
 
     names = [name for name, _ in model.named_modules()]
-    for target in sorted(config.target_modules):
+    for target in sorted(targets if isinstance(targets := config.target_modules, (list, set)) else ()):
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)})
             raise DoesNotFit(f"lora_target_modules: the model has no {target!r}; it has {', '.join(known)}.")
-    lora = get_peft_model(model, config)
+    try:
+        lora = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"LoRA: {str(error).strip().splitlines()[0]}") from error
     for parameter in lora.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)

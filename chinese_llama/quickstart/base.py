@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def make_base(corpus: Path, output: Path, force: bool = False) -> Manifest:
     with new_directory(output, force) as partial:
         proto = english_tokenizer(corpus)
         write_tokenizer(partial, proto, None)
-        model, log = _pretrain(proto, corpus, partial)
+        with tempfile.TemporaryDirectory() as directory:
+            model, log = _pretrain(proto, corpus, directory)
         model.save_pretrained(str(partial))
         manifest.metrics = {"log": log, "parameters": model.num_parameters()}
         write_manifest(partial, manifest)
@@ -88,7 +90,7 @@ def make_base(corpus: Path, output: Path, force: bool = False) -> Manifest:
 
 
 def _pretrain(
-    proto: model_pb2.ModelProto, corpus: Path, directory: Path
+    proto: model_pb2.ModelProto, corpus: Path, directory: str
 ) -> tuple[Any, list[dict[str, float]]]:
     """The trained model and its loss by step."""
     import datasets
@@ -105,7 +107,7 @@ def _pretrain(
     ids = ([bos, *processor.encode(text), eos] for text in documents(corpus))
     blocks = datasets.Dataset.from_list(list(pack_documents(ids, BLOCK_SIZE, eos))).with_format("torch")
     arguments = transformers.TrainingArguments(
-        output_dir=str(directory / ".trainer"),
+        output_dir=directory,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,

@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import Any
 
 from chinese_llama import stages
-from chinese_llama.artifacts import new_directory, write_text
+from chinese_llama.artifacts import Manifest, new_directory, write_manifest, write_text
 from chinese_llama.data.formats import instructions
 from chinese_llama.data.templates import question_of
-from chinese_llama.errors import OutputExists
+from chinese_llama.errors import OutputExists, UserError
 from chinese_llama.progress import Stopwatch, say
-from chinese_llama.resources import PACKAGE, shipped
+from chinese_llama.resources import PACKAGE, place_recipes, shipped
 from chinese_llama.workspace import FILE, Workspace
 
 RESOURCES = PACKAGE / "quickstart"
@@ -59,13 +59,16 @@ def run(directory: Path, force: bool = False) -> dict[str, Any]:
     told = {"title": "chinese-llama quickstart", **measure(workspace)}
     told["losses"] = {"base": made.metrics["log"], **_losses(workspace)}
     told["seconds"] = watch.seconds()
+    manifest = Manifest("report", "quickstart", metrics=told["stages"])
     with new_directory(FOLDER / "report", force=True) as partial:
         write_text(partial / "report.json", json.dumps(told, ensure_ascii=False, indent=1) + "\n")
         write_text(partial / "report.md", report.markdown(told))
         write_text(partial / "report.html", report.html(told))
+        write_manifest(partial, manifest)
     print(report.text(told))
-    print(f"Report: {FOLDER / 'report' / 'report.html'} (and .md). It took {told['seconds']:.0f} s.")
-    there = "" if directory.resolve() == Path.cwd() and str(directory) == "." else f"cd {directory} && "
+    page = directory / FOLDER / "report" / "report.html"
+    print(f"Report: {page} (and .md). It took {told['seconds']:.0f} s.")
+    there = "" if str(directory) == "." else f"cd {directory} && "
     print(f"Talk to it: {there}chinese-llama chat --model {workspace.settings.merge.output}")
     return told
 
@@ -73,12 +76,16 @@ def run(directory: Path, force: bool = False) -> dict[str, Any]:
 def _prepare(directory: Path, force: bool) -> None:
     """Write the workspace file and the texts, unless they are there already."""
     file, ours = directory / FILE, (RESOURCES / FILE).read_text(encoding="utf-8")
-    if file.is_file() and file.read_text(encoding="utf-8") != ours and not force:
+    if file.is_file() and file.read_text(encoding="utf-8") != ours:
         raise OutputExists(f"{file} is another workspace; run quickstart in another directory.")
     with_text = directory / FOLDER / "text"
-    with_text.mkdir(parents=True, exist_ok=True)
-    for source in sorted((RESOURCES / "text").iterdir()):
-        shutil.copyfile(source, with_text / source.name)
+    try:
+        with_text.mkdir(parents=True, exist_ok=True)
+        for source in sorted((RESOURCES / "text").iterdir()):
+            shutil.copyfile(source, with_text / source.name)
+        place_recipes(directory)
+    except OSError as error:
+        raise UserError(f"{with_text} cannot be written ({error.strerror}).") from error
     write_text(file, ours)
 
 
@@ -138,14 +145,14 @@ def _models(workspace: Workspace) -> Iterator[tuple[str, Any, Any]]:
     """(stage, model, tokenizer): the base, the two adapters unmerged, the merged model."""
     from peft import PeftModel
 
-    from chinese_llama.model.load import load_model, load_tokenizer
+    from chinese_llama.model.load import device, load_model, load_tokenizer
 
     base, merged = Path(workspace.base()), workspace.path(workspace.settings.merge.output)
     extended = workspace.path(workspace.settings.extend_model.output)
     places = workspace.adapters()
-    yield "base", load_model(base), load_tokenizer(base)
-    plus = PeftModel.from_pretrained(load_model(extended), places["plus"])
+    yield "base", load_model(base).to(device()), load_tokenizer(base)
+    plus = PeftModel.from_pretrained(load_model(extended).to(device()), places["plus"])
     yield "plus", plus, load_tokenizer(extended)
     alpaca = PeftModel.from_pretrained(plus.merge_and_unload(), places["alpaca"])
     yield "alpaca", alpaca, load_tokenizer(places["alpaca"])
-    yield "merged", load_model(merged), load_tokenizer(merged)
+    yield "merged", load_model(merged).to(device()), load_tokenizer(merged)

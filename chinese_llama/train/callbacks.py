@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -56,7 +57,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The entries of a log written by `JsonLog`; [] where there is none."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # a kill may cut the last line
+            entries.append(json.loads(line))
+    return entries
 
 
 class Bar(TrainerCallback):
@@ -105,6 +110,10 @@ class StopOnSignal(TrainerCallback):
             self._before[number] = signal.signal(number, self._handle)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.distributed.is_initialized():  # all processes stop after the same step
+            flag = torch.tensor(int(self.stopped), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(flag)
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,20 @@ from typing import Any, Generic, TypeVar
 
 from chinese_llama import stages, workspace
 from chinese_llama.config import load_yaml, parse_fields, typed
+from chinese_llama.data.formats import corpus_files
+from chinese_llama.data.mixture import sources
 from chinese_llama.errors import UserError, nearest
+from chinese_llama.hub import local
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 EMBEDDINGS = ("new-rows", "full", "frozen")
 NUMBERS = ("int", "float", "<class 'int'>", "<class 'float'>")
+NOT_TAKEN = {
+    "resume_from_checkpoint": "the same command goes on by itself",
+    "eval_strategy": "measure the result with chinese-llama eval",
+    "do_eval": "measure the result with chinese-llama eval",
+    "push_to_hub": "upload the finished directory instead",
+}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -94,9 +104,15 @@ def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[st
     ours = {f.name for f in dataclasses.fields(cls)}
     fields = typed(cls, {key: value for key, value in values.items() if key in ours}, where)
     _check(fields, where)
-    if not fields.model_name_or_path and found:
-        fields.model_name_or_path = str(stages.base_for_training(found))
     training = {**defaults, **{key: value for key, value in values.items() if key not in ours}}
+    _check_training(name, training, fields)
+    for source in sources(fields.data):
+        corpus_files(source.path)
+    if not fields.model_name_or_path and found:
+        fields.model_name_or_path = str(_base_for_training(found))
+    for place in ("model_name_or_path", "tokenizer_name_or_path"):
+        if getattr(fields, place):
+            setattr(fields, place, str(local(getattr(fields, place))))
     return Recipe(name, fields, training, found, keep and found is not None)
 
 
@@ -109,6 +125,9 @@ def _section(found: workspace.Workspace | None, name: str) -> dict[str, Any]:
         if section.get(place) is not None:
             section[place] = found.paths(section[place])
     section["output_dir"] = str(found.path(section["output_dir"]))
+    if "adapters" in section:
+        adapters = section["adapters"] or []
+        section["adapters"] = [found.item(a) for a in ([adapters] if isinstance(adapters, str) else adapters)]
     return section
 
 
@@ -125,24 +144,43 @@ def _check(fields: Fields, where: str) -> None:
             raise UserError(f"{where}: {name} must be at least 1.")
 
 
+def _base_for_training(found: workspace.Workspace) -> Path:
+    """The workspace's extended model, made now if it is missing; not by many processes at once."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return stages.base_for_training(found)
+    path = found.path(found.settings.extend_model.output)
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; make it with `chinese-llama extend-model` first.")
+    return path
+
+
+def _check_training(recipe: str, training: dict[str, Any], fields: Fields) -> None:
+    """Raise UserError for a name that TrainingArguments lacks, or that a recipe does not take."""
+    from transformers import TrainingArguments
+
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(TrainingArguments) if f.init}
+    ours = [f.name for f in dataclasses.fields(fields)]
+    for name, value in training.items():
+        if name not in kinds:
+            hint = nearest(name, [*kinds, *ours])
+            raise UserError(f"{recipe}: {name!r} is no field of this recipe or TrainingArguments{hint}.")
+        if name in NOT_TAKEN and value not in (False, None, "no"):
+            raise UserError(f"{recipe}: {name} is not taken: {NOT_TAKEN[name]}.")
+        if kinds[name] in NUMBERS and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(f"{recipe}: {name}: {value!r} is not a number.")
+
+
 def training_arguments(recipe: Recipe[Any], directory: Path) -> Any:
     """transformers' TrainingArguments for a run that works in `directory`.
 
-    Raises UserError for an unknown field or a value that transformers refuses.
+    Raises UserError for a value that transformers refuses.
     """
     from transformers import TrainingArguments
 
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
-    ours = [f.name for f in dataclasses.fields(recipe.fields)]
-    for name in recipe.training:
-        if name not in known:
-            hint = nearest(name, [*known, *ours])
-            raise UserError(f"{recipe.name}: {name!r} is no field of this recipe or TrainingArguments{hint}.")
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(TrainingArguments)}
-    for name, value in recipe.training.items():
-        if kinds[name] in NUMBERS and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise UserError(f"{recipe.name}: {name}: {value!r} is not a number.")
     try:
-        return TrainingArguments(**recipe.training, output_dir=str(directory))
+        arguments = TrainingArguments(**recipe.training, output_dir=str(directory))
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"{recipe.name}: {str(error).strip().splitlines()[0]}") from error
+    if arguments.n_gpu > 1:  # one process trains on one GPU; several GPUs want several processes
+        arguments._n_gpu = 1
+    return arguments

@@ -39,7 +39,7 @@ from chinese_llama.model.adapters import bake, merged_changes, read_tensors
 from chinese_llama.model.load import check_pair, first_new_id, load_model, load_tokenizer, resolve_dtype
 from chinese_llama.model.lora import add_lora, lora_config
 from chinese_llama.model.resize import copy_tokenizer, save_chat_template
-from chinese_llama.model.shards import Weights
+from chinese_llama.model.shards import EMBED, Weights
 from chinese_llama.progress import say
 from chinese_llama.train.callbacks import LOG, Bar, JsonLog, StopOnSignal
 from chinese_llama.train.fields import Recipe, training_arguments
@@ -67,16 +67,17 @@ def run(recipe: Recipe[Any], length: int, blocks: Blocks, settings: dict[str, An
     output = Path(fields.output_dir)
     adapters = [resolve(name, recipe.workspace) for name in fields.adapters]
     found = sources(fields.data)
+    _settle_dtype(recipe)
     manifest = _manifest(recipe, found, adapters, settings)
     if recipe.keep and stands(output, manifest, fields.force):
         say(f"{recipe.name}: {output} stands; --force trains it again.")
         return read_manifest(output) or manifest
     check_output(output, fields.force)
-    directory = _run_directory(output, manifest)
+    directory = _run_directory(output, manifest, fields.force)
     try:
         _run(recipe, adapters, found, manifest, directory, length, blocks)
     except BaseException:
-        if not get_last_checkpoint(str(directory)):
+        if not _last_checkpoint(directory):
             shutil.rmtree(directory, ignore_errors=True)  # nothing to go on from
         raise
     return manifest
@@ -91,11 +92,6 @@ def _run(
     length: int,
     blocks: Blocks,
 ) -> None:
-    fields = recipe.fields
-    fields.dtype = resolve_dtype(fields.dtype)
-    for dtype, switch in (("bfloat16", "bf16"), ("float16", "fp16")):
-        if fields.dtype == dtype:  # trainable weights are float32, so the step needs autocast
-            recipe.training.setdefault(switch, True)
     arguments = training_arguments(recipe, directory)
     set_seed(arguments.seed)
     tokenizer, model = _model(recipe, adapters, length)
@@ -110,6 +106,17 @@ def _run(
     if trainer.is_world_process_zero():
         _save(trainer, model, recipe, manifest, directory)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _settle_dtype(recipe: Recipe[Any]) -> None:
+    """Make `dtype` definite; a step in half precision runs under autocast, for what trains is float32."""
+    fields, training = recipe.fields, recipe.training
+    if fields.dtype == "auto":
+        asked = "float16" if training.get("fp16") else "bfloat16" if training.get("bf16") else None
+        fields.dtype = asked or ("float32" if training.get("use_cpu") else resolve_dtype("auto"))
+    switch = {"bfloat16": "bf16", "float16": "fp16"}.get(fields.dtype)
+    if switch and not (training.get("bf16") or training.get("fp16")):
+        training[switch] = True
 
 
 class _Packer:
@@ -128,10 +135,8 @@ def _manifest(
     fields = recipe.fields
     base = Path(fields.model_name_or_path)
     tokenizer = Path(fields.tokenizer_name_or_path or fields.model_name_or_path)
-    inputs = {}
-    for role, path in (("base", base), ("tokenizer", tokenizer)):
-        inputs[role] = input_record(path) if path.is_dir() else {"path": str(path), "sha256": ""}
-    inputs["tokenizer"]["sha256"] = _tokenizer_digest(tokenizer)
+    inputs = {"base": input_record(base)}
+    inputs["tokenizer"] = {"path": str(tokenizer), "sha256": _tokenizer_digest(tokenizer)}
     for number, adapter in enumerate(adapters):
         inputs[f"parent:{number}"] = {"path": str(adapter.path), "sha256": identity(adapter.path)}
     for number, source in enumerate(found):
@@ -153,17 +158,20 @@ def _data_digest(path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _run_directory(output: Path, manifest: Manifest) -> Path:
-    """`<output>.run`, new or of the same run; raises UserError if another run was left there."""
+def _run_directory(output: Path, manifest: Manifest, force: bool) -> Path:
+    """`<output>.run`, new or of the same run. Another run that was left there is removed if it has no
+    checkpoint or `force` says so; else raises UserError."""
     directory = output.with_name(output.name + ".run")
     what = {"inputs": {r: v["sha256"] for r, v in manifest.inputs.items()}, "settings": manifest.settings}
     text = json.dumps(what, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     record = directory / "run.json"
-    if record.is_file() and record.read_text(encoding="utf-8") != text:
-        raise UserError(
-            f"{directory} holds an unfinished run with other inputs or settings; finish that one with the "
-            "same command, or remove the directory."
-        )
+    if directory.is_dir() and not (record.is_file() and record.read_text(encoding="utf-8") == text):
+        if _last_checkpoint(directory) and not force:
+            raise UserError(
+                f"{directory} holds an unfinished run with other inputs or settings; finish that one with "
+                "the same command, or start anew with --force true."
+            )
+        shutil.rmtree(directory, ignore_errors=True)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -174,6 +182,15 @@ def _run_directory(output: Path, manifest: Manifest) -> Path:
     return directory
 
 
+def _last_checkpoint(directory: Path) -> str | None:
+    """The newest complete checkpoint: the trainer writes its state last. Cut ones are removed."""
+    while directory.is_dir() and (found := get_last_checkpoint(str(directory))):
+        if (Path(found) / "trainer_state.json").is_file():
+            return found
+        shutil.rmtree(found)
+    return None
+
+
 def _model(recipe: Recipe[Any], adapters: list[Adapter], length: int) -> tuple[Any, Any]:
     """The tokenizer, and the base with `adapters` baked in and a fresh LoRA on top."""
     fields = recipe.fields
@@ -182,7 +199,12 @@ def _model(recipe: Recipe[Any], adapters: list[Adapter], length: int) -> tuple[A
     pairs = [(adapter, read_tensors(adapter)) for adapter in adapters]
     if pairs:
         check_lineage(Path(place), adapters)
-        merged_changes(Weights(Path(place)), pairs)
+        changes = merged_changes(source := Weights(Path(place)), pairs)
+        if EMBED in changes and changes[EMBED].shape != source.meta(EMBED)[0]:
+            raise DoesNotFit(
+                f"The adapters below bring {changes[EMBED].shape[0]:,} vocabulary rows, {place} has "
+                f"{source.meta(EMBED)[0][0]:,}; merge them first (chinese-llama merge) and train on the result."
+            )
     model = load_model(place, fields.dtype)
     check_pair(model, tokenizer, place)
     limit = model.config.max_position_embeddings
@@ -206,13 +228,16 @@ def _model(recipe: Recipe[Any], adapters: list[Adapter], length: int) -> tuple[A
 
 def _trainer(name: str, model: Any, arguments: Any, data: Any, log: JsonLog) -> Trainer:
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
-    trainer = VocabularyTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,
-        data_collator=default_data_collator,
-        callbacks=[log, Bar(name)],
-    )
+    try:
+        trainer = VocabularyTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=default_data_collator,
+            callbacks=[log, Bar(name)],
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{name}: {str(error).strip().splitlines()[0]}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
@@ -221,7 +246,7 @@ def _trainer(name: str, model: Any, arguments: Any, data: Any, log: JsonLog) -> 
 def _train(trainer: Trainer, directory: Path, name: str) -> None:
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    checkpoint = get_last_checkpoint(str(directory))
+    checkpoint = _last_checkpoint(directory)
     if checkpoint:
         say(f"{name}: going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)

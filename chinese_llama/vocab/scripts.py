@@ -25,7 +25,6 @@ RANGES = (
 _CLASS = "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in RANGES)
 CHINESE = re.compile(f"[{_CLASS}]")
 RUN = re.compile(f"[{_CLASS}]+")
-HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
 def is_chinese(piece: str) -> bool:

@@ -191,7 +191,8 @@ def test_instructions_from_parquet(tmp_path: Path) -> None:
         ("a.txt", "text\n", r"a\.txt: is plain text; instructions come as \.jsonl"),
         ("a.jsonl", "", r"a\.jsonl: holds no instructions"),
         ("a.jsonl", '{"output": "x"}', r"line 1: has no 'instruction'"),
-        ("a.jsonl", json.dumps(RECORD) + '\n{"instruction": "x", "output": " "}', r"line 2: has no 'output'"),
+        ("a.jsonl", json.dumps(RECORD) + '\n{"instruction": "x"}', r"line 2: has no 'output'"),
+        ("a.jsonl", '{"instruction": "x", "output": " "}', r"a\.jsonl: holds no instructions"),
         ("a.jsonl", '{"instruction": ["x"], "output": "y"}', r"line 1: the field 'instruction' is not text"),
         ("a.jsonl", '"text"', r"line 1: is not a record with instruction and output"),
     ],
@@ -213,3 +214,12 @@ def test_real_files_are_read_to_the_end(data: Path) -> None:
     texts = list(documents(data / "en_pretrain.jsonl.gz"))
     assert len(texts) == 330
     assert all(text.strip() for text in texts)
+
+
+def test_records_without_an_answer_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps(RECORD), '{"instruction": "x", "output": ""}', json.dumps(RECORD)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert list(instructions(tmp_path / "a.jsonl")) == [RECORD] * 2
+    assert "left out 1 of 3 records" in capsys.readouterr().err

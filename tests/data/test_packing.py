@@ -141,3 +141,10 @@ def test_the_packed_loss_is_the_mean_over_all_targets(model: Any) -> None:
             nats += float(model(input_ids=row, labels=row, use_cache=False).loss) * (len(ids) - 1)
             targets += len(ids) - 1
     assert float(loss) == pytest.approx(nats / targets, rel=1e-5)
+
+
+def test_samples_that_are_too_long_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [Sample([1] * length, [1] * length) for length in (3, 9, 4)]
+    blocks = list(pack_samples(samples, 8, filler=0))
+    assert [block["input_ids"].count(1) for block in blocks] == [7]
+    assert "Left out 1 of 3 samples: longer than 8 tokens" in capsys.readouterr().err

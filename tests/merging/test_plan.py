@@ -234,3 +234,11 @@ def test_a_base_that_was_given_as_a_hub_id_is_not_held_against_the_adapter(
     inputs = {"base": {"path": "someone/base", "sha256": ""}, "tokenizer": {"path": "t", "sha256": ""}}
     write_manifest(place, Manifest("adapter", "pt_lora", inputs))
     check_lineage(base, loaded(place))
+
+
+def test_published_adapters_are_merged_in_their_order(tmp_path: Path) -> None:
+    entry = {"hub": "x/y", "base": "LLaMA-7B", "after": ["chinese-llama-plus-7b"], "vocab": 49954}
+    alpaca = load("chinese-alpaca-plus-7b", make(tmp_path / "alpaca"))
+    alpaca.published = entry
+    with pytest.raises(DoesNotFit, match="--loras chinese-llama-plus-7b,chinese-alpaca-plus-7b"):
+        check_lineage(tmp_path, [alpaca])

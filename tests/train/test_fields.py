@@ -16,14 +16,17 @@ DEFAULTS = {"learning_rate": 2e-4, "num_train_epochs": 1, "report_to": "none"}
 NEEDED = ["--model_name_or_path", "m", "--data", "d.txt", "--output_dir", "o"]
 SPACE = """
 base: base
-pt_lora: {data: [zh.jsonl, {path: en.jsonl, weight: 0.2}], model_name_or_path: big, lora_r: 4, learning_rate: 3e-3}
+pt_lora: {data: [{path: zh.jsonl, weight: 0.8}, {path: en.jsonl, weight: 0.2}], model_name_or_path: big, lora_r: 4, learning_rate: 3e-3}
 sft_lora: {data: ins.jsonl, model_name_or_path: big}
 """
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with the corpora that the tests name."""
     monkeypatch.chdir(tmp_path)
+    for name in ("d.txt", "zh.jsonl", "en.jsonl", "ins.jsonl"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
     return tmp_path
 
 
@@ -57,7 +60,10 @@ def test_a_workspace_is_the_configuration(here: Path, monkeypatch: pytest.Monkey
     recipe = pretraining()
     assert recipe.keep
     assert recipe.workspace is not None
-    assert recipe.fields.data == [str(here / "zh.jsonl"), {"path": str(here / "en.jsonl"), "weight": 0.2}]
+    assert recipe.fields.data == [
+        {"path": str(here / "zh.jsonl"), "weight": 0.8},
+        {"path": str(here / "en.jsonl"), "weight": 0.2},
+    ]
     assert recipe.fields.model_name_or_path == str(here / "big")
     assert recipe.fields.output_dir == str(here / "work/plus")
     assert recipe.fields.lora_r == 4
@@ -143,7 +149,10 @@ def test_training_arguments_are_those_of_transformers(here: Path) -> None:
         (["--blok_size", "1"], r"'blok_size' is no field .*did you mean 'block_size'"),
         (["--lr_scheduler_type", "steep"], "pt_lora: .*steep"),
         (["--learning_rate", "fast"], "pt_lora: .*fast"),
-        (["--eval_strategy", "sometimes"], "pt_lora: .*sometimes"),
+        (["--save_strategy", "sometimes"], "pt_lora: .*sometimes"),
+        (["--eval_strategy", "steps"], "pt_lora: eval_strategy is not taken: .*chinese-llama eval"),
+        (["--resume_from_checkpoint", "x"], "pt_lora: resume_from_checkpoint is not taken"),
+        (["--data", "gone.txt"], r"gone\.txt: no such file"),
         (["--num_train_epochs", "some"], "pt_lora: .*some"),
     ],
 )

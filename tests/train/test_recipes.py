@@ -201,3 +201,56 @@ def test_sources_are_mixed_by_weight(extended: Path, work: Path, tmp_path: Path)
     recipe("pt_lora").main([*arguments, *QUICK])
     manifest = read_manifest(tmp_path / "out")
     assert manifest is not None and manifest.settings["weights"] == [0.5, 0.5]
+
+
+def test_a_checkpoint_that_a_kill_cut_is_passed_over(tmp_path: Path) -> None:
+    from chinese_llama.train.session import _last_checkpoint
+
+    for step, complete in ((5, True), (10, True), (15, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if complete:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not (tmp_path / "checkpoint-15").exists()
+
+
+def test_a_log_that_a_kill_cut_is_read(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"ste')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]
+
+
+def test_two_processes_train_together(extended: Path, work: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29731",
+    ]
+    command += [
+        str(shipped("recipes") / "pt_lora.py"),
+        "--model_name_or_path",
+        str(extended),
+        "--max_steps",
+        "4",
+    ]
+    command += ["--data", str(work / "zh.jsonl"), "--output_dir", str(tmp_path / "out"), *QUICK]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = [entry for entry in read_log(tmp_path / "out" / "log.jsonl") if "loss" in entry]
+    assert [entry["step"] for entry in log] == [2, 4]
+    assert done.stderr.count("packing") == 1
+    alone = pretrain(
+        extended,
+        work / "zh.jsonl",
+        tmp_path / "alone",
+        "--max_steps",
+        "4",
+        "--gradient_accumulation_steps",
+        "2",
+    )
+    losses = [entry["loss"] for entry in read_log(alone / "log.jsonl") if "loss" in entry]
+    assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-3)
