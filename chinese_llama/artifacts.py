@@ -1,29 +1,22 @@
-"""Directories that the stages write and read: whole or not at all, with a manifest inside.
+"""Manifests: what a directory is, what it was made from, and whether it still is what is asked for.
 
-A stage writes into a hidden directory beside its target, which is synced to disk and renamed when
-everything is there. The manifest (`chinese_llama.json`) says what the directory is, which inputs it
-was made from (sha256), with which settings, and what was measured.
+The manifest (`chinese_llama.json`) of a result names its inputs (sha256), its settings and figures.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import re
-import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from chinese_llama import __version__
-from chinese_llama.errors import BadFile, OutputExists, UserError
+from chinese_llama.directories import MANIFEST, check_output, write_text
+from chinese_llama.errors import BadFile, OutputExists
 from chinese_llama.progress import track
 
-MANIFEST = "chinese_llama.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -182,148 +175,3 @@ def _difference(found: Manifest, wanted: Manifest) -> str:
         if found.settings.get(name) != settings.get(name):
             return f"setting {name} ({found.settings.get(name)} there, {settings.get(name)} asked)"
     return ""
-
-
-def check_output(target: Path, force: bool) -> None:
-    """Raise OutputExists if `target` is there (an empty directory is not), unless `force`.
-
-    With `force`, what may be replaced is a result of this tool or a directory of files only, never
-    the current directory or one above it.
-    """
-    try:
-        target.lstat()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    if target.is_file():
-        raise OutputExists(f"{target} is a file; give a directory that does not exist yet.")
-    if not target.is_dir() or not any(target.iterdir()):
-        return
-    if not force:
-        raise OutputExists(f"{target} exists; --force replaces it, or give another output directory.")
-    ours = (target / MANIFEST).is_file()
-    here = Path.cwd().is_relative_to(target.resolve())
-    if here or not (ours or all(path.is_file() for path in target.iterdir())):
-        raise OutputExists(
-            f"{target} holds more than a result of this tool; remove it yourself, or give another output."
-        )
-
-
-@contextlib.contextmanager
-def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
-    """A directory to write into that becomes `target` when the block ends, or vanishes if it fails.
-
-    Raises OutputExists (see `check_output`) and UserError where nothing can be written. A target
-    that `force` replaces stays until the new one is complete.
-    """
-    target = Path(os.path.abspath(target))
-    check_output(target, force)
-    created = _make_parents(target)
-    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
-    try:
-        try:
-            _remove_stale(target)
-            partial.mkdir()
-        except OSError as error:
-            raise _unwritable(target, error) from error
-        yield partial
-        _sync_tree(partial)
-        _replace(partial, target)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in created:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
-            raise UserError(f"{target}: the disk is full; nothing was written.") from error
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"{path} cannot be written ({error.strerror}).") from error
-        raise
-
-
-def _make_parents(target: Path) -> list[Path]:
-    """Make the parents of `target`; return those that were missing, deepest first."""
-    missing = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    return missing
-
-
-def _unwritable(target: Path, error: OSError) -> UserError:
-    return UserError(f"{target} cannot be written ({error.strerror}); give a writable output.")
-
-
-def _remove_stale(target: Path) -> None:
-    """Remove what killed runs of this tool left beside `target`; put back what one had moved aside."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(partial|old)")
-    for left in list(target.parent.iterdir()):
-        match = pattern.fullmatch(left.name)
-        if not match or _alive(int(match[1])):
-            continue
-        kind = match[2]
-        if kind == "old" and not target.exists():
-            os.rename(left, target)
-        elif left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink()
-
-
-def _alive(pid: int) -> bool:
-    """True for another process that runs; this one leaves nothing behind that it still needs."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync_tree(directory: Path) -> None:
-    """Flush all files to disk; give them the usual permissions (safetensors writes 0600)."""
-    os.umask(mask := os.umask(0o022))
-    for root, _, names in os.walk(directory):
-        for name in names:
-            (Path(root) / name).chmod(0o666 & ~mask)
-        for name in [*names, "."]:
-            _sync(Path(root) / name)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(partial: Path, target: Path) -> None:
-    """Rename `partial` to `target`; an old target is moved aside first and then removed."""
-    old = target.parent / f".{target.name}.{os.getpid()}.old"
-    if target.exists() or target.is_symlink():
-        os.rename(target, old)
-    os.rename(partial, target)
-    _sync(target.parent)
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink(missing_ok=True)

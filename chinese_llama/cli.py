@@ -64,7 +64,7 @@ def init(
     force: Force = False,
 ) -> None:
     """Write a commented chinese-llama.yaml for your own base and corpus, and a copy of recipes/."""
-    from chinese_llama.artifacts import write_text
+    from chinese_llama.directories import write_text
     from chinese_llama.hub import is_hub_id
     from chinese_llama.resources import place_recipes
 

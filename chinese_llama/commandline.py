@@ -55,7 +55,7 @@ def load(command: str, model: str | None) -> tuple[str, Any, Any]:
 
 def write_json(file: Path | None, content: Any) -> None:
     if file is not None:
-        from chinese_llama.artifacts import write_text
+        from chinese_llama.directories import write_text
 
         write_text(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 

@@ -137,7 +137,7 @@ def required(command: str, needs: str) -> Workspace:
     workspace = find()
     if workspace is None:
         raise UserError(
-            f"{command}: {needs} is missing and there is no {FILE} in or above {Path.cwd()}; "
+            f"{command}: there is no {FILE} in or above {Path.cwd()} to say what is left out; "
             f"give {needs}, or make a workspace with `chinese-llama init DIR`."
         )
     return workspace

@@ -17,7 +17,8 @@ RECIPES = shipped("recipes")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("",),  # chinese_llama/__init__.py: the version
     ("errors", "resources", "progress"),
-    ("config", "artifacts", "hub"),
+    ("config", "directories", "hub"),
+    ("artifacts",),
     ("workspace",),
     ("data", "merging.plan", "merging.delta"),
     ("vocab",),
@@ -30,7 +31,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 LEVEL = {group: level for level, groups in enumerate(LAYERS) for group in groups}
-LIGHT = ("", "errors", "config", "artifacts", "workspace", "hub", "resources", "progress", "merging.plan")
+LIGHT = (
+    "",
+    "errors",
+    "config",
+    "directories",
+    "artifacts",
+    "workspace",
+    "hub",
+    "resources",
+    "progress",
+    "merging.plan",
+)
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes"}
 
 

@@ -8,16 +8,8 @@ from typing import Any
 
 import torch
 
-from chinese_llama.artifacts import (
-    Manifest,
-    identity,
-    input_record,
-    new_directory,
-    read_manifest,
-    stands,
-    write_manifest,
-    write_text,
-)
+from chinese_llama.artifacts import Manifest, identity, input_record, read_manifest, stands, write_manifest
+from chinese_llama.directories import new_directory, write_text
 from chinese_llama.errors import DoesNotFit, UserError
 from chinese_llama.merging.plan import Adapter, check_lineage
 from chinese_llama.model.adapters import merged_changes, read_tensors

@@ -12,16 +12,8 @@ from pathlib import Path
 import torch
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from chinese_llama.artifacts import (
-    MANIFEST,
-    Manifest,
-    input_record,
-    new_directory,
-    read_manifest,
-    stands,
-    write_manifest,
-    write_text,
-)
+from chinese_llama.artifacts import Manifest, input_record, read_manifest, stands, write_manifest
+from chinese_llama.directories import MANIFEST, new_directory, write_text
 from chinese_llama.errors import DoesNotFit, UserError
 from chinese_llama.model.initialise import METHODS, new_rows
 from chinese_llama.model.shards import EMBED, HEAD, Change, Weights, read_json, rewrite

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from chinese_llama.artifacts import write_text
+from chinese_llama.directories import write_text
 from chinese_llama.errors import BadFile
 from chinese_llama.progress import track
 

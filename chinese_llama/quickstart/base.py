@@ -9,16 +9,10 @@ from typing import Any
 
 import sentencepiece
 
-from chinese_llama.artifacts import (
-    Manifest,
-    input_record,
-    new_directory,
-    read_manifest,
-    stands,
-    write_manifest,
-)
+from chinese_llama.artifacts import Manifest, input_record, read_manifest, stands, write_manifest
 from chinese_llama.data.formats import documents
 from chinese_llama.data.packing import pack_documents
+from chinese_llama.directories import new_directory
 from chinese_llama.vocab.fast import write_tokenizer
 from chinese_llama.vocab.proto import model_pb2
 

@@ -12,9 +12,10 @@ from types import ModuleType
 from typing import Any
 
 from chinese_llama import stages
-from chinese_llama.artifacts import Manifest, new_directory, write_manifest, write_text
+from chinese_llama.artifacts import Manifest, write_manifest
 from chinese_llama.data.formats import instructions
 from chinese_llama.data.templates import question_of
+from chinese_llama.directories import new_directory, write_text
 from chinese_llama.errors import OutputExists, UserError
 from chinese_llama.progress import Stopwatch, say
 from chinese_llama.resources import PACKAGE, place_recipes, shipped

@@ -21,18 +21,16 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from chinese_llama.artifacts import (
     Manifest,
-    check_output,
     identity,
     input_record,
-    new_directory,
     read_manifest,
     sha256_file,
     stands,
     write_manifest,
-    write_text,
 )
 from chinese_llama.data.formats import corpus_files
 from chinese_llama.data.mixture import Source, dataset, sources
+from chinese_llama.directories import check_output, new_directory, write_text
 from chinese_llama.errors import DoesNotFit, Interrupted, UserError
 from chinese_llama.merging.plan import Adapter, check_lineage, resolve
 from chinese_llama.model.adapters import bake, merged_changes, read_tensors

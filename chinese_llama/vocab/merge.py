@@ -8,15 +8,8 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from chinese_llama.artifacts import (
-    Manifest,
-    check_output,
-    input_record,
-    new_directory,
-    stands,
-    write_manifest,
-    write_text,
-)
+from chinese_llama.artifacts import Manifest, input_record, stands, write_manifest
+from chinese_llama.directories import check_output, new_directory, write_text
 from chinese_llama.errors import UserError
 from chinese_llama.vocab import audit
 from chinese_llama.vocab.fast import write_tokenizer

@@ -13,15 +13,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from chinese_llama.artifacts import (
-    Manifest,
-    input_record,
-    new_directory,
-    read_manifest,
-    stands,
-    write_manifest,
-)
+from chinese_llama.artifacts import Manifest, input_record, read_manifest, stands, write_manifest
 from chinese_llama.data.formats import documents
+from chinese_llama.directories import new_directory
 from chinese_llama.errors import UserError
 from chinese_llama.progress import say, track
 from chinese_llama.vocab.scripts import RUN

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chinese_llama.artifacts import MANIFEST, read_manifest
+from chinese_llama.artifacts import read_manifest
+from chinese_llama.directories import MANIFEST
 from chinese_llama.errors import BadFile, DoesNotFit, OutputExists, UserError
 from chinese_llama.model.resize import base_vocab_size, decompose, extend_model
 from chinese_llama.model.shards import EMBED, HEAD, Weights

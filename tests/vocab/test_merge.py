@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from chinese_llama.artifacts import MANIFEST, read_manifest, sha256_file
+from chinese_llama.artifacts import read_manifest, sha256_file
+from chinese_llama.directories import MANIFEST
 from chinese_llama.errors import BadFile, OutputExists, UserError
 from chinese_llama.vocab.audit import dead_pieces
 from chinese_llama.vocab.merge import REPORT, append_missing, extend_vocab

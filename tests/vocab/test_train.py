@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from chinese_llama.artifacts import MANIFEST, read_manifest
+from chinese_llama.artifacts import read_manifest
+from chinese_llama.directories import MANIFEST
 from chinese_llama.errors import BadFile, OutputExists, UserError
 from chinese_llama.vocab.proto import NORMAL, encoder, read_model
 from chinese_llama.vocab.scripts import is_chinese
