@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,7 +40,7 @@ def main() -> None:
     work = options.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    make_base(work / "base", options.tokenizer, options.layers, options.hidden)
+    apart(make_base, work / "base", options.tokenizer, options.layers, options.hidden)
     rows = [measured("cp of the base", ["cp", "-r", "base", "copy"], work)]
     shutil.rmtree(work / "copy")
     tool = [sys.executable, "-m", "chinese_llama"]
@@ -63,7 +62,7 @@ def main() -> None:
     )
     extend = [*tool, "extend-model", "--base", "base", "--tokenizer", "tokenizer", "--output", "extended"]
     rows.append(measured("extend-model", extend, work))
-    for embeddings in ("new-rows", "full") if torch.cuda.is_available() else ():
+    for embeddings in ("new-rows", "full") if shutil.which("nvidia-smi") else ():
         train = [
             sys.executable,
             str(ROOT / "recipes" / "pt_lora.py"),
@@ -82,14 +81,24 @@ def main() -> None:
         train += ["--per_device_train_batch_size", str(options.batch), "--gradient_accumulation_steps", "1"]
         train += ["--block_size", str(options.block)]
         rows.append(measured(f"pt_lora, embeddings: {embeddings}", train, work) | log_of(work / embeddings))
-    make_adapter(work / "adapter", work / "extended", options.layers, options.hidden)
+    apart(make_adapter, work / "adapter", work / "extended", options.layers, options.hidden)
     merge = [*tool, "merge", "--base", "extended", "--loras", "a=adapter", "--output", "merged"]
     rows.append(measured("merge", merge, work))
     print(table(rows, options))
 
 
+def apart(function: Callable[..., None], *arguments: Any) -> None:
+    """Call `function` in a process of its own: a command's peak memory is counted from its parent's."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{function.__name__} failed")
+
+
 def make_base(directory: Path, tokenizer: Path, layers: int, hidden: int) -> None:
     """A LLaMA with random weights, vocabulary 32,000, in shards of 5 GB."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -110,6 +119,9 @@ def make_base(directory: Path, tokenizer: Path, layers: int, hidden: int) -> Non
 
 def make_adapter(directory: Path, extended: Path, layers: int, hidden: int) -> None:
     """A LoRA adapter with random weights: r=8 on all projections, the new rows of both matrices."""
+    import torch
+    from safetensors.torch import save_file
+
     generator = torch.Generator().manual_seed(0)
     rows = json.loads((extended / "config.json").read_text())["vocab_size"]
     wide = hidden * 43 // 16

@@ -83,7 +83,7 @@ def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[st
     """The recipe `name` from `--config FILE --field value ...` and the workspace.
 
     Without --config, the workspace's section is the configuration; with it, the workspace only
-    fills in the places (model, data, output) that are left out. Raises UserError.
+    fills in the places (model and adapters below it, data, output) that are left out. Raises UserError.
     """
     file, given = parse_fields(argv)
     found = workspace.find()
@@ -91,11 +91,15 @@ def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[st
     section = _section(found, name)
     values = {**(load_yaml(file) if file else section), **given}
     keep = "output_dir" not in values if file else "output_dir" not in given
-    for place in ("data", "output_dir", "adapters"):
-        if place not in values and place in section:
-            values[place] = section[place]
+    places = ["data", "output_dir"]
     if not values.get("model_name_or_path"):
         found = workspace.required(name, "--model_name_or_path")
+        places.append("adapters")
+    elif "model_name_or_path" in given and "adapters" not in given and not file:
+        values.pop("adapters", None)  # the workspace's adapters belong to the workspace's model
+    for place in places:
+        if place not in values and place in section:
+            values[place] = section[place]
     for place in ("data", "output_dir"):
         if not values.get(place):
             raise UserError(

@@ -160,3 +160,11 @@ def test_what_transformers_refuses_is_one_sentence(here: Path, argv: list[str], 
     with pytest.raises(UserError, match=message) as error:
         arguments(pretraining(*NEEDED, *argv), here / "w")
     assert "\n" not in str(error.value)
+
+
+def test_the_adapters_of_a_workspace_belong_to_its_model(here: Path) -> None:
+    (here / FILE).write_text(SPACE)
+    recipe = resolve("sft_lora", TuningFields, DEFAULTS, ["--model_name_or_path", "other"])
+    assert recipe.fields.adapters == []
+    (here / "c.yaml").write_text("model_name_or_path: other\n")
+    assert resolve("sft_lora", TuningFields, DEFAULTS, ["--config", "c.yaml"]).fields.adapters == []
