@@ -119,21 +119,36 @@ class Weights:
 
 
 class _Safetensors:
+    """Tensors read one by one. The library checks the header; the bytes are read, not mapped, so that
+    pages of a shard do not stay in memory."""
+
     def __init__(self, file: Path) -> None:
-        self.file = safe_open(str(file), framework="pt", device="cpu")
+        self.file = file
+        with safe_open(str(file), framework="pt", device="cpu") as checked:
+            self.names = sorted(checked.keys(), key=checked.offset_keys().index)
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            self.header = json.loads(stream.read(length))
+        self.start = 8 + length
 
     def keys(self) -> list[str]:
-        return sorted(self.file.keys(), key=self.file.offset_keys().index)
+        return self.names
 
     def meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        part = self.file.get_slice(name)
+        entry = self.header[name]
         dtypes = {code: dtype for dtype, code in DTYPES.items()}
-        if part.get_dtype() not in dtypes:
-            raise SafetensorError(f"{name} has the unsupported type {part.get_dtype()}")
-        return tuple(part.get_shape()), dtypes[part.get_dtype()]
+        if entry["dtype"] not in dtypes:
+            raise SafetensorError(f"{name} has the unsupported type {entry['dtype']}")
+        return tuple(entry["shape"]), dtypes[entry["dtype"]]
 
     def load(self, name: str) -> torch.Tensor:
-        return self.file.get_tensor(name)
+        shape, dtype = self.meta(name)
+        tensor = torch.empty(shape, dtype=dtype)
+        if tensor.numel():
+            with open(self.file, "rb") as stream:
+                stream.seek(self.start + self.header[name]["data_offsets"][0])
+                stream.readinto(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        return tensor
 
 
 class _Bin:
