@@ -23,15 +23,7 @@ DEFAULTS = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,  # below 1: a share of all steps
     "weight_decay": 0.0,
-    "per_device_train_batch_size": 8,
     "num_train_epochs": 2,
-    "logging_steps": 10,
-    "save_steps": 200,
-    "save_total_limit": 2,
-    "report_to": "none",
-    "remove_unused_columns": False,
-    "disable_tqdm": True,
-    "ddp_timeout": 86_400,  # seconds; the first process packs while the others wait
 }
 
 

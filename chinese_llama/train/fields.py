@@ -18,6 +18,16 @@ from chinese_llama.hub import local
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 EMBEDDINGS = ("new-rows", "full", "frozen")
+DEFAULTS = {  # of TrainingArguments, for both recipes
+    "per_device_train_batch_size": 8,
+    "logging_steps": 10,
+    "save_steps": 200,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "remove_unused_columns": False,
+    "disable_tqdm": True,
+    "ddp_timeout": 86_400,  # seconds; the first process packs while the others wait
+}
 NUMBERS = ("int", "float", "<class 'int'>", "<class 'float'>")
 NOT_TAKEN = {
     "resume_from_checkpoint": "the same command goes on by itself",
@@ -80,7 +90,7 @@ class Recipe(Generic[F]):
 
 
 def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[str]) -> Recipe[F]:
-    """The recipe `name` from `--config FILE --field value ...` and the workspace.
+    """The recipe `name`, with its own `defaults`, from `--config FILE --field value ...` and the workspace.
 
     Without --config, the workspace's section is the configuration; with it, the workspace only
     fills in the places (model and adapters below it, data, output) that are left out. Raises UserError.
@@ -108,7 +118,7 @@ def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[st
     ours = {f.name for f in dataclasses.fields(cls)}
     fields = typed(cls, {key: value for key, value in values.items() if key in ours}, where)
     _check(fields, where)
-    training = {**defaults, **{key: value for key, value in values.items() if key not in ours}}
+    training = {**DEFAULTS, **defaults, **{key: value for key, value in values.items() if key not in ours}}
     _check_training(name, training, fields)
     for source in sources(fields.data):
         corpus_files(source.path)

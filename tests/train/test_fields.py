@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from chinese_llama.errors import UserError
+from chinese_llama.train.fields import DEFAULTS as COMMON
 from chinese_llama.train.fields import PROJECTIONS, PretrainingFields, Recipe, TuningFields, resolve
 from chinese_llama.train.fields import training_arguments as arguments
 from chinese_llama.workspace import FILE
@@ -38,7 +39,7 @@ def test_a_command_line_alone_is_enough(here: Path) -> None:
     recipe = pretraining(*NEEDED, "--lora-r", "16", "--learning_rate", "1e-5", "--bf16")
     assert recipe.fields == PretrainingFields("m", data="d.txt", output_dir="o", lora_r=16)
     assert recipe.fields.lora_target_modules == PROJECTIONS
-    assert recipe.training == {**DEFAULTS, "learning_rate": 1e-5, "bf16": True}
+    assert recipe.training == {**COMMON, **DEFAULTS, "learning_rate": 1e-5, "bf16": True}
     assert recipe.workspace is None
     assert not recipe.keep
 
