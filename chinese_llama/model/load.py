@@ -14,6 +14,8 @@ from chinese_llama.errors import BadFile, DoesNotFit
 from chinese_llama.hub import local
 from chinese_llama.model.resize import copy_tokenizer
 
+LARGE = 1 << 30  # bytes of weights that take some seconds to load
+
 
 def quiet_libraries() -> None:
     """Keep the libraries from printing what a user can do nothing about."""
@@ -52,11 +54,14 @@ def load_model(place: str | Path, dtype: str = "auto") -> Any:
     `dtype` "auto": bfloat16 where a GPU with bfloat16 is present, else float32.
     """
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
 
     place = local(place)
     _check_place(place, ("config.json",), "model")
     dtype = resolve_dtype(dtype)
+    if sum(file.stat().st_size for file in place.glob("*.safetensors")) > LARGE:
+        transformers.logging.enable_progress_bar()
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             str(place),

@@ -37,7 +37,7 @@ def run(directory: Path, force: bool = False) -> dict[str, Any]:
     What stands is kept, so a run that was stopped goes on. Raises UserError.
     """
     watch = Stopwatch()
-    _prepare(directory, force)
+    _prepare(directory)
     os.chdir(directory)
     workspace = Workspace(Path(FILE))
     from chinese_llama.merging.stage import merged_model
@@ -74,7 +74,7 @@ def run(directory: Path, force: bool = False) -> dict[str, Any]:
     return told
 
 
-def _prepare(directory: Path, force: bool) -> None:
+def _prepare(directory: Path) -> None:
     """Write the workspace file and the texts, unless they are there already."""
     file, ours = directory / FILE, (RESOURCES / FILE).read_text(encoding="utf-8")
     if file.is_file() and file.read_text(encoding="utf-8") != ours:
