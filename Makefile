@@ -19,6 +19,7 @@ test: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "Installing pinned versions into $(VENV): a minute or more ..."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
