@@ -254,3 +254,29 @@ def test_two_processes_train_together(extended: Path, work: Path, tmp_path: Path
     )
     losses = [entry["loss"] for entry in read_log(alone / "log.jsonl") if "loss" in entry]
     assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("embeddings", ["new-rows", "full"])
+def test_a_tied_base_stays_tied(embeddings: str, tokenizer: Path, work: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from chinese_llama.model.resize import extend_model
+    from tests import tiny
+
+    tiny.write_base(tmp_path / "base", tiny.base_tokenizer(), tied=True)
+    extend_model(tmp_path / "base", tokenizer, tmp_path / "extended")
+    made = pretrain(
+        *(tmp_path / "extended", work / "zh.jsonl", tmp_path / "plus"),
+        *("--max_steps", "4", "--learning_rate", "1e-2", "--embeddings", embeddings),
+    )
+    merge(tmp_path / "extended", [load("plus", made)], tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "extended", dtype=torch.float32)
+    before = model.model.embed_tokens.weight.detach().clone()
+    model = PeftModel.from_pretrained(model, str(made)).eval()
+    ids = torch.arange(0, len(before))[None, :120]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, merged(ids).logits, atol=1e-4)
+    assert not torch.equal(before, merged.model.embed_tokens.weight)
