@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import chinese_llama  # noqa: F401 (sets how torch's threads wait, before torch is loaded)
 from tests import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong
