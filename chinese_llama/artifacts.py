@@ -10,7 +10,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from chinese_llama import __version__
 from chinese_llama.directories import MANIFEST, check_output, write_text
@@ -137,10 +137,14 @@ def _digest(files: dict[str, dict[str, Any]]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def stands(target: Path, wanted: Manifest, force: bool) -> bool:
+Keep = bool | Literal["inputs"]  # keep an output that stands; "inputs": made with any settings
+
+
+def stands(target: Path, wanted: Manifest, force: bool, keep: Keep = True) -> bool:
     """True if `target` holds what `wanted` (inputs and settings) would make.
 
-    Raises OutputExists where something else is there, naming the first difference, unless `force`.
+    With `keep` "inputs", settings may differ: whoever made it chose them. Raises OutputExists where
+    something else is there, naming the first difference, unless `force`.
     """
     if force or not target.is_dir() or not any(target.iterdir()):
         return False
@@ -148,10 +152,9 @@ def stands(target: Path, wanted: Manifest, force: bool) -> bool:
     if found is None:
         check_output(target, force)
         return False
-    difference = _difference(found, wanted)
-    if difference:
+    if difference := _difference(found, wanted, settings=keep is True):
         raise OutputExists(
-            f"{target} was made with another {difference}; --force makes it again, or give another output."
+            f"{target} was made {difference}; give another output, or make it again: {again(wanted.command)}."
         )
     return True
 
@@ -163,15 +166,15 @@ def again(command: str) -> str:
     return f"chinese-llama {command} --force"
 
 
-def _difference(found: Manifest, wanted: Manifest) -> str:
+def _difference(found: Manifest, wanted: Manifest, settings: bool) -> str:
     if found.command != wanted.command:
-        return f"command ({found.command})"
+        return f"by another command ({found.command})"
     for role in sorted({*found.inputs, *wanted.inputs}):
-        hashes = [made.inputs.get(role, {}).get("sha256") for made in (found, wanted)]
-        if hashes[0] != hashes[1]:
-            return f"input '{role}'"
-    settings = json.loads(json.dumps(wanted.settings))
-    for name in sorted({*found.settings, *settings}):
-        if found.settings.get(name) != settings.get(name):
-            return f"setting {name} ({found.settings.get(name)} there, {settings.get(name)} asked)"
+        then, now = found.inputs.get(role, {}), wanted.inputs.get(role, {})
+        if then.get("sha256") != now.get("sha256"):
+            return f"from another {role} than {now['path']}" if now else f"from a {role} ({then['path']}) too"
+    asked = json.loads(json.dumps(wanted.settings))
+    for name in sorted({*found.settings, *asked}) if settings else ():
+        if found.settings.get(name) != asked.get(name):
+            return f"with {name} {found.settings.get(name)}, and {asked.get(name)} is asked for"
     return ""

@@ -83,7 +83,7 @@ def init(
         raise UserError(f"{directory} cannot be written ({error.strerror}).") from error
     write_text(file, workspace.template(*places))
     typer.echo(
-        f"{file} is written. Check base, corpus and data in it; then, in {directory}:\n  chinese-llama extend-vocab"
+        f"{file} is written. Check base, corpus and data in it; then, in {directory}:\n  chinese-llama train-vocab"
     )
 
 

@@ -5,16 +5,23 @@ A result that stands (made from the same inputs with the same settings) is kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from chinese_llama.artifacts import Manifest
 from chinese_llama.data.formats import as_paths
-from chinese_llama.errors import UserError
+from chinese_llama.errors import BadFile, UserError
 from chinese_llama.hub import local
+from chinese_llama.progress import say
 from chinese_llama.workspace import Workspace
 
 Options = dict[str, Any]
+SECTIONS = {
+    "trained_vocab": "train_vocab",
+    "extended_tokenizer": "extend_vocab",
+    "extended_model": "extend_model",
+}
 
 
 def trained_vocab(workspace: Workspace, given: Options, force: bool) -> tuple[Path, Manifest]:
@@ -36,6 +43,7 @@ def trained_vocab(workspace: Workspace, given: Options, force: bool) -> tuple[Pa
 def extended_tokenizer(workspace: Workspace, given: Options, force: bool) -> tuple[Path, dict[str, Any]]:
     """Run `extend-vocab` likewise; return the directory and its report."""
     from chinese_llama.vocab.merge import extend_vocab
+    from chinese_llama.vocab.proto import tokenizer_model
     from chinese_llama.vocab.train import MODEL
 
     section = workspace.settings.extend_vocab
@@ -43,11 +51,10 @@ def extended_tokenizer(workspace: Workspace, given: Options, force: bool) -> tup
     if "base" not in given:
         options["base"] = Path(workspace.base())
     options["base"] = local(options["base"])
+    tokenizer_model(options["base"])  # complain about the base before anything is made for it
     if "chinese_sp" not in given:
         own = section.chinese_sp
-        options["chinese_sp"] = (
-            workspace.path(own) if own else trained_vocab(workspace, {}, force=False)[0] / MODEL
-        )
+        options["chinese_sp"] = workspace.path(own) if own else first(trained_vocab, workspace) / MODEL
     return options["output"], extend_vocab(**options, force=force)
 
 
@@ -60,14 +67,25 @@ def extended_model(workspace: Workspace, given: Options, force: bool) -> tuple[P
     if "base" not in given:
         options["base"] = Path(workspace.base())
     options["base"] = local(options["base"])
+    if not options["base"].is_dir():
+        raise BadFile(options["base"], "is not a model directory.")
     if "tokenizer" not in given:
-        options["tokenizer"] = extended_tokenizer(workspace, {}, force=False)[0]
+        options["tokenizer"] = first(extended_tokenizer, workspace)
     return options["output"], extend_model(**options, force=force)
 
 
 def base_for_training(workspace: Workspace) -> Path:
     """The extended model of the workspace, made now if it is missing."""
-    return extended_model(workspace, {}, force=False)[0]
+    return first(extended_model, workspace)
+
+
+def first(stage: Callable[..., tuple[Path, Any]], workspace: Workspace) -> Path:
+    """The output of a stage that another one needs: made now if it is missing, and said so; one that
+    was made from the same inputs is taken as it is."""
+    output = workspace.path(getattr(workspace.settings, SECTIONS[stage.__name__]).output)
+    if not output.is_dir():
+        say(f"{output} is missing; making it first.")
+    return stage(workspace, {"keep": "inputs"}, False)[0]
 
 
 def options_of(workspace: Workspace, section: Any, names: tuple[str, ...], given: Options) -> Options:

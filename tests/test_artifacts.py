@@ -144,15 +144,17 @@ def test_a_result_that_stands_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        ({"command": "other"}, r"another command \(test\)"),
-        ({"inputs": {"base": {"path": "b", "sha256": "2"}}}, "another input 'base'"),
-        ({"inputs": {}}, "another input 'base'"),
-        ({"settings": {"r": 16}}, r"another setting r \(8 there, 16 asked\)"),
-        ({"settings": {"r": 8, "s": 1}}, r"another setting s \(None there, 1 asked\)"),
+        ({"command": "other"}, r"by another command \(test\)"),
+        ({"inputs": {"base": {"path": "b", "sha256": "2"}}}, "from another base than b"),
+        ({"inputs": {}}, r"from a base \(b\) too"),
+        ({"settings": {"r": 16}}, "with r 8, and 16 is asked for"),
+        ({"settings": {"r": 8, "s": 1}}, "with s None, and 1 is asked for"),
     ],
 )
 def test_the_first_difference_is_named(tmp_path: Path, change: dict[str, Any], difference: str) -> None:
     inputs = {"base": {"path": "b", "sha256": "1"}}
     found = artifact(tmp_path / "a", inputs=inputs, settings={"r": 8})
-    with pytest.raises(OutputExists, match=f"a was made with {difference}; --force makes it again"):
+    with pytest.raises(
+        OutputExists, match=f"a was made {difference}; .* make it again: chinese-llama .* --force"
+    ):
         stands(tmp_path / "a", replace(found, **change), force=False)

@@ -224,3 +224,26 @@ def test_generate_before_the_merge_says_what_to_run(run: Run, tmp_path: Path) ->
     (tmp_path / workspace.FILE).write_text("base: x\n")
     assert "make it with chinese-llama merge" in sentence(run("generate", "--prompt", "x"))
     assert "is not trained yet" in sentence(run("merge"))
+
+
+def test_a_step_makes_the_ones_before_it_and_takes_what_was_made_on_purpose(
+    base: Path, work: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("init", ".", "--base", str(base), "--corpus", str(work / "zh.jsonl"))[0] == 0
+    assert run("train-vocab", "--vocab-size", "150")[0] == 0
+    done = run("extend-model")
+    assert done[0] == 0, done
+    assert "work/tokenizer is missing; making it first" in done[2]
+    assert "work/chinese_sp is missing" not in done[2]
+    assert run("extend-vocab")[0] == 0
+
+
+def test_a_wrong_base_is_told_before_anything_is_made(
+    base: Path, work: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("init", ".", "--base", str(base), "--corpus", str(work / "zh.jsonl"))
+    for command in ("extend-model", "extend-vocab"):
+        assert "nope" in sentence(run(command, "--base", "./nope"))
+    assert not (tmp_path / "work").exists()

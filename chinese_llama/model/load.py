@@ -114,7 +114,7 @@ def device() -> str:
 
 def _check_place(place: Path, files: tuple[str, ...], what: str) -> None:
     if not place.is_dir():
-        raise BadFile(place, f"is no directory with a {what}.")
+        raise BadFile(place, f"no such directory; a {what} is wanted here.")
     if not any((place / file).is_file() for file in files):
         raise BadFile(place, f"holds no {what} (no {' or '.join(files)}).")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from chinese_llama.artifacts import Manifest, input_record, read_manifest, stands, write_manifest
+from chinese_llama.artifacts import Keep, Manifest, input_record, read_manifest, stands, write_manifest
 from chinese_llama.directories import MANIFEST, new_directory, write_text
 from chinese_llama.errors import DoesNotFit, UserError
 from chinese_llama.model.initialise import METHODS, new_rows
@@ -29,7 +29,7 @@ def extend_model(
     init: str = "subword-mean",
     pad_to_multiple_of: int = 1,
     force: bool = False,
-    keep: bool = False,
+    keep: Keep = False,
 ) -> Manifest:
     """Write `base` with rows for the new pieces of `tokenizer` to `output`; return its manifest.
 
@@ -52,7 +52,7 @@ def extend_model(
         vocab_size=len(model.pieces),
         metrics={"base_vocab_size": old_size, "rows": rows},
     )
-    if keep and stands(output, manifest, force):
+    if keep and stands(output, manifest, force, keep):
         return read_manifest(output) or manifest
     parts = decompose(model, old_size, rows)
     names = [name for name in (EMBED, HEAD) if name in source]

@@ -14,7 +14,10 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from chinese_llama.progress import say
+
 LOG = "log.jsonl"
+QUIET = 30.0  # seconds without a line where there is no terminal
 
 
 class JsonLog(TrainerCallback):
@@ -71,6 +74,7 @@ class Bar(TrainerCallback):
         self.what = what
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.told = time.monotonic()
         hidden = True if not state.is_world_process_zero else None
         self.bar = tqdm(
             total=state.max_steps,
@@ -86,8 +90,12 @@ class Bar(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n if self.bar.n < state.global_step else 0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+        if not logs or "loss" not in logs:
+            return
+        self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+        if self.bar.disable and time.monotonic() - self.told > QUIET:  # no terminal: a line now and then
+            self.told = time.monotonic()
+            say(f"{self.what}: step {state.global_step:,} of {state.max_steps:,}, loss {logs['loss']:.3f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()

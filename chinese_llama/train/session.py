@@ -104,6 +104,9 @@ def _run(
     if trainer.is_world_process_zero():
         _save(trainer, model, recipe, manifest, directory)
         shutil.rmtree(directory, ignore_errors=True)
+        made = manifest.metrics
+        losses = f"loss {made['first_loss']:.3f} -> {made['last_loss']:.3f}" if made["first_loss"] else "done"
+        print(f"{recipe.fields.output_dir}: {made['steps']:,} steps, {losses}.", flush=True)
 
 
 def _settle_dtype(recipe: Recipe[Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from chinese_llama.artifacts import Manifest, input_record, stands, write_manifest
+from chinese_llama.artifacts import Keep, Manifest, input_record, stands, write_manifest
 from chinese_llama.directories import check_output, new_directory, write_text
 from chinese_llama.errors import UserError
 from chinese_llama.vocab import audit
@@ -27,7 +27,7 @@ def extend_vocab(
     policy: str = "strict",
     pad_token: str | None = None,
     force: bool = False,
-    keep: bool = False,
+    keep: Keep = False,
 ) -> dict[str, Any]:
     """Write the extended tokenizer to `output` and return its report.
 
@@ -49,7 +49,7 @@ def extend_vocab(
         inputs={"base": input_record(tokenizer_model(base)), "chinese_sp": input_record(chinese_sp)},
         settings={"policy": policy, "pad_token": pad_token},
     )
-    if keep and stands(output, manifest, force):
+    if keep and stands(output, manifest, force, keep):
         return json.loads((output / REPORT).read_text(encoding="utf-8"))
     report: dict[str, Any] = {"policy": policy, "base_vocab_size": len(base_model.pieces)}
     if policy == "strict":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from chinese_llama.artifacts import Manifest, input_record, read_manifest, stands, write_manifest
+from chinese_llama.artifacts import Keep, Manifest, input_record, read_manifest, stands, write_manifest
 from chinese_llama.data.formats import documents
 from chinese_llama.directories import new_directory
 from chinese_llama.errors import UserError
@@ -32,7 +32,7 @@ def train_vocab(
     vocab_size: int = 20_000,
     model_type: str = "bpe",
     force: bool = False,
-    keep: bool = False,
+    keep: Keep = False,
 ) -> Manifest:
     """Train `output`/chinese_sp.model with about `vocab_size` pieces; return its manifest.
 
@@ -49,7 +49,7 @@ def train_vocab(
         inputs={f"corpus:{i}": input_record(path) for i, path in enumerate(corpus)},
         settings={"vocab_size": vocab_size, "model_type": model_type},
     )
-    if keep and stands(output, manifest, force):
+    if keep and stands(output, manifest, force, keep):
         return read_manifest(output) or manifest
     with new_directory(output, force) as partial:
         counter = {"characters": 0}

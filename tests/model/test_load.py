@@ -44,7 +44,7 @@ def test_a_directory_with_only_tokenizer_model_gives_the_same_ids_or_is_refused(
 def test_a_place_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match=r"holds no tokenizer \(no tokenizer.json or tokenizer.model\)"):
         load_tokenizer(tmp_path)
-    with pytest.raises(BadFile, match="nowhere: is no directory with a tokenizer"):
+    with pytest.raises(BadFile, match="nowhere: no such directory; a tokenizer is wanted"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadFile, match="has no tokenizer that loads"):
@@ -70,7 +70,7 @@ def test_the_model_is_ready_to_use(base: Path) -> None:
 
 @pytest.mark.parametrize("place", ["nowhere", "./no/where", "/no/where"])
 def test_a_place_that_is_neither_directory_nor_hub_id_is_refused(place: str) -> None:
-    with pytest.raises(BadFile, match="is no directory with a model"):
+    with pytest.raises(BadFile, match="no such directory; a model is wanted"):
         load_model(place)
 
 

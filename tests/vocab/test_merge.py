@@ -157,7 +157,7 @@ def test_an_output_that_stands_is_kept_or_refused(
     with pytest.raises(OutputExists, match="out exists; --force replaces it"):
         extend_vocab(base, chinese_sp, out)
     assert extend_vocab(base, chinese_sp, out, keep=True) == first
-    with pytest.raises(OutputExists, match=r"another setting pad_token .*; --force makes it again"):
+    with pytest.raises(OutputExists, match=r"with pad_token .*: chinese-llama extend-vocab --force"):
         extend_vocab(base, chinese_sp, out, pad_token="[PAD]", keep=True)
     assert (out / MANIFEST).stat().st_mtime_ns == created
     forced = extend_vocab(base, chinese_sp, out, pad_token="[PAD]", force=True)
