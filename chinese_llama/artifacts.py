@@ -170,11 +170,15 @@ def _difference(found: Manifest, wanted: Manifest, settings: bool) -> str:
     if found.command != wanted.command:
         return f"by another command ({found.command})"
     for role in sorted({*found.inputs, *wanted.inputs}):
-        then, now = found.inputs.get(role, {}), wanted.inputs.get(role, {})
-        if then.get("sha256") != now.get("sha256"):
-            return f"from another {role} than {now['path']}" if now else f"from a {role} ({then['path']}) too"
-    asked = json.loads(json.dumps(wanted.settings))
-    for name in sorted({*found.settings, *asked}) if settings else ():
-        if found.settings.get(name) != asked.get(name):
-            return f"with {name} {found.settings.get(name)}, and {asked.get(name)} is asked for"
+        then, asked = found.inputs.get(role, {}), wanted.inputs.get(role, {})
+        if then.get("sha256") != asked.get("sha256"):
+            return (
+                f"from another {role} than {asked['path']}"
+                if asked
+                else f"from a {role} ({then['path']}) too"
+            )
+    new = json.loads(json.dumps(wanted.settings))
+    for name in sorted({*found.settings, *new}) if settings else ():
+        if found.settings.get(name) != new.get(name):
+            return f"with {name} {found.settings.get(name)}, and {new.get(name)} is asked for"
     return ""

@@ -63,9 +63,10 @@ def pack_samples(samples: Iterable[Sample], block_size: int, filler: int) -> Ite
     block = Block()
     kept = long = 0
     for sample in samples:
-        kept, long = (kept + 1, long) if len(sample.input_ids) <= block_size else (kept, long + 1)
         if len(sample.input_ids) > block_size:
+            long += 1
             continue
+        kept += 1
         if len(block.input_ids) + len(sample.input_ids) > block_size:
             yield block.filled(block_size, filler)
             block = Block()

@@ -52,7 +52,8 @@ def select(base: model_pb2.ModelProto, chinese: model_pb2.ModelProto) -> Selecti
     """The pieces of `chinese` that can be produced when they are added to `base`.
 
     Pieces with any character that is not Chinese are dropped: text without Chinese then is tokenised
-    as before; a leading space mark is taken off, since no new piece holds one. The order is the Chinese model's own (by score), single characters last.
+    as before; a leading space mark is taken off, since no new piece holds one. The order is the Chinese
+    model's own (by score), single characters last.
     """
     known = {piece.piece for piece in base.pieces}
     selection = Selection([])
@@ -78,17 +79,10 @@ def select(base: model_pb2.ModelProto, chinese: model_pb2.ModelProto) -> Selecti
         if not dead:
             return selection
         _repair(selection, dead)
-    for piece in _dead(base, selection.pieces):
-        _drop(selection, piece)
-    while dead := _dead(base, selection.pieces):  # what needed a dropped piece
-        for piece in dead:
-            _drop(selection, piece)
+    while dead := _dead(base, selection.pieces):  # and then what needed a dropped piece
+        selection.pieces = [piece for piece in selection.pieces if piece not in dead]
+        selection.dropped |= dict.fromkeys(dead, "cannot be produced")
     return selection
-
-
-def _drop(selection: Selection, piece: str) -> None:
-    selection.pieces.remove(piece)
-    selection.dropped[piece] = "cannot be produced"
 
 
 def _dead(base: model_pb2.ModelProto, pieces: list[str]) -> dict[str, list[str]]:
