@@ -83,7 +83,7 @@ def init(
         raise UserError(f"{directory} cannot be written ({error.strerror}).") from error
     write_text(file, workspace.template(*places))
     typer.echo(
-        f"{file} is written. Check base, corpus and data in it; then, in {directory}:\n  chinese-llama train-vocab"
+        f"{file} is written. Check base, corpus and data in it; then, in {directory}:\n  chinese-llama extend-vocab"
     )
 
 
@@ -130,15 +130,34 @@ def train_vocab(
 @app.command(
     "extend-vocab",
     epilog=EXAMPLES
-    + "chinese-llama extend-vocab --base models/llama-7b --chinese-sp work/chinese_sp/chinese_sp.model --output work/tokenizer\n\n"
+    + "chinese-llama extend-vocab --base models/llama-7b --corpus zh.jsonl.gz --size 49920 --output work/tokenizer\n\n"
+    + "chinese-llama extend-vocab --base models/llama-7b --chinese-sp chinese_sp.model --output work/tokenizer\n\n"
     + "chinese-llama extend-vocab                 [dim]# in a workspace[/dim]",
 )
 def extend_vocab(
     base: Base = None,
     chinese_sp: Annotated[
-        Path | None, typer.Option(help="A Chinese SentencePiece model.", show_default="the workspace's")
+        Path | None,
+        typer.Option(
+            help="A Chinese SentencePiece model.",
+            show_default="the workspace's; else the 20k that come along",
+        ),
     ] = None,
     output: Output = None,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(help="Chinese text to learn on which pieces are worth their rows. May be repeated."),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Most pieces of the finished tokenizer, base included.",
+            show_default="as many as the Chinese model offers",
+        ),
+    ] = None,
+    min_count: Annotated[
+        int | None, typer.Option(help="Leave out pieces used less often in the corpus.", show_default="0")
+    ] = None,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -149,27 +168,21 @@ def extend_vocab(
     pad_token: Annotated[
         str | None, typer.Option(help="Add a padding token, such as '\\[PAD]'.", show_default="none")
     ] = None,
+    probe: Annotated[Path | None, typer.Option(help="More texts to prove the contract on.")] = None,
     force: Force = False,
 ) -> None:
-    """Merge Chinese pieces into the base's tokenizer, and prove the result."""
+    """Add Chinese pieces to the base's tokenizer, and prove the result."""
     from chinese_llama import stages
+    from chinese_llama.vocab import report
 
-    options = given(base=base, chinese_sp=chinese_sp, output=output, policy=policy, pad_token=pad_token)
-    space = workspace_for("extend-vocab", options, "base", "chinese_sp", "output")
+    options = given(
+        base=base, chinese_sp=chinese_sp, output=output, corpus=corpus or None, size=size,
+        min_count=min_count, policy=policy, pad_token=pad_token, probe=probe,
+    )  # fmt: skip
+    space = workspace_for("extend-vocab", options, "base", "output")
     made, told = stages.extended_tokenizer(space, options, force)
     note_if_kept(made)
-    typer.echo(
-        f"{made}: {told['base_vocab_size']:,} pieces + {told['new_pieces']:,} = {told['vocab_size']:,}."
-    )
-    if told["policy"] == "strict":
-        typer.echo(
-            f"  repaired {len(told['repaired']):,}, dropped {len(told['dropped']):,} of the Chinese model's pieces."
-        )
-    checks = told["checks"]
-    typer.echo(
-        f"  dead pieces {len(checks['dead']):,}; on the probe texts: readers disagree {checks['disagreements']}, "
-        f"changed without Chinese {checks['changed']}, longer {checks['longer']}."
-    )
+    typer.echo(f"{made}: {report.summary(told)}\n  Report: {made / report.PAGE}")
 
 
 @app.command(
@@ -178,28 +191,22 @@ def extend_vocab(
     + "chinese-llama audit-vocab --tokenizer work/tokenizer --base models/llama-7b --corpus zh.jsonl.gz --corpus en.jsonl.gz",
 )
 def audit_vocab(
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer's directory.")],
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer: a directory, or its tokenizer.model.")],
     corpus: Annotated[list[Path], typer.Option(help="Text to tokenise. May be repeated.")],
     base: Annotated[Path | None, typer.Option(help="The base's tokenizer, to compare with.")] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="Write a Markdown page here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
-    """What a tokenizer makes of a corpus: lengths, dead and unused pieces, disagreeing readers."""
-    from chinese_llama.vocab import audit
+    """What a tokenizer makes of a corpus: lengths by script, dead and unused pieces, disagreeing readers."""
+    from chinese_llama.directories import write_text
+    from chinese_llama.vocab import audit, report
 
     told = audit.audit_vocab(tokenizer, corpus, base)
-    typer.echo(
-        f"{tokenizer}: {told['vocab_size']:,} pieces; dead {len(told['dead']):,}, unused here {len(told['unused']):,}."
-    )
-    for name, file in told["files"].items():
-        line = f"  {name}: {file['characters_per_token']:.3f} characters per token"
-        if base:
-            line += f" (base {file['base_characters_per_token']:.3f}), changed without Chinese {file['changed']:,}, longer {file['longer']:,}"
-        typer.echo(
-            f"{line}; readers disagree on {file['disagreements']:,} of {file['documents']:,} documents."
-        )
-    for problem, texts in told["examples"].items():
-        typer.echo(f"  first of '{problem}': {texts[0][:80]!r}")
-    write_json(json_file, told)
+    typer.echo(f"{tokenizer}: {report.summary(told)}")
+    if page:
+        write_text(page, report.markdown(told, report.hidden_size(base) if base else None))
+    if json_file:
+        write_json(json_file, told)
 
 
 @app.command(

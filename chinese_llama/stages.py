@@ -31,30 +31,36 @@ def trained_vocab(workspace: Workspace, given: Options, force: bool) -> tuple[Pa
     section = workspace.settings.train_vocab
     options = options_of(workspace, section, ("vocab_size", "model_type"), given)
     if "corpus" not in given:
-        if section.corpus is None:
+        corpus = section.corpus or workspace.settings.extend_vocab.corpus
+        if corpus is None:
             raise UserError(
-                f"{workspace.file} names neither extend_vocab.chinese_sp (a Chinese SentencePiece model) "
-                "nor train_vocab.corpus (text to train one on); add one."
+                f"{workspace.file} names no corpus (train_vocab.corpus); add it or give --corpus."
             )
-        options["corpus"] = as_paths(workspace.paths(section.corpus))
+        options["corpus"] = as_paths(workspace.paths(corpus))
     return options["output"], train_vocab(**options, force=force)
 
 
 def extended_tokenizer(workspace: Workspace, given: Options, force: bool) -> tuple[Path, dict[str, Any]]:
     """Run `extend-vocab` likewise; return the directory and its report."""
+    from chinese_llama.vocab.bases import open_base
     from chinese_llama.vocab.merge import extend_vocab
-    from chinese_llama.vocab.proto import tokenizer_model
     from chinese_llama.vocab.train import MODEL
 
     section = workspace.settings.extend_vocab
-    options = options_of(workspace, section, ("policy", "pad_token"), given)
+    options = options_of(workspace, section, ("policy", "pad_token", "size", "min_count"), given)
     if "base" not in given:
         options["base"] = Path(workspace.base())
     options["base"] = local(options["base"])
-    tokenizer_model(options["base"])  # complain about the base before anything is made for it
-    if "chinese_sp" not in given:
-        own = section.chinese_sp
-        options["chinese_sp"] = workspace.path(own) if own else first(trained_vocab, workspace) / MODEL
+    if "corpus" not in given and section.corpus is not None:
+        options["corpus"] = as_paths(workspace.paths(section.corpus))
+    if "chinese_sp" not in given:  # the workspace's, or trained in it, or those that come along
+        own, trained = section.chinese_sp, workspace.settings.train_vocab
+        wanted = trained.corpus is not None or workspace.path(trained.output).is_dir()
+        if wanted and not own:
+            open_base(options["base"])  # complain about the base before anything is made for it
+            options["chinese_sp"] = first(trained_vocab, workspace) / MODEL
+        else:
+            options["chinese_sp"] = workspace.path(own) if own else None
     return options["output"], extend_vocab(**options, force=force)
 
 

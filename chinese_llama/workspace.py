@@ -29,7 +29,10 @@ class TrainVocab:
 
 @dataclass
 class ExtendVocab:
-    chinese_sp: str | None = None  # default: what train_vocab makes
+    chinese_sp: str | None = None  # default: what train_vocab makes; else those that come along
+    corpus: Any = None  # a path or a list of paths
+    size: int | None = None
+    min_count: int = 0
     policy: str = "strict"
     pad_token: str | None = None
     output: str = "work/tokenizer"
@@ -147,8 +150,7 @@ TEMPLATE = """\
 # Workspace of chinese-llama: what the commands below read where their options leave it out.
 # Relative paths are relative to this file. Run the commands in this order:
 #
-#   chinese-llama train-vocab               Chinese pieces from your corpus
-#   chinese-llama extend-vocab              your base's tokenizer with those pieces added
+#   chinese-llama extend-vocab              your base's tokenizer with Chinese pieces added
 #   chinese-llama extend-model              your base's weights with rows for them
 #   accelerate launch recipes/pt_lora.py    continued pretraining  -> adapter "plus"
 #   accelerate launch recipes/sft_lora.py   instruction tuning     -> adapter "alpaca"
@@ -159,14 +161,15 @@ TEMPLATE = """\
 
 base: {base}               # the HF model to adapt: a directory, or a hub id
 
-train_vocab:
-  corpus: [{corpus}]       # .txt (a document a line), .jsonl, .json, .parquet; also .gz, .zst
-  vocab_size: 20000
-  output: work/chinese_sp
-
 extend_vocab:
-  # chinese_sp: FILE       # a Chinese SentencePiece model that you have; else train_vocab's
+  corpus: [{corpus}]       # .txt (a document a line), .jsonl, .json, .parquet; also .gz, .zst
+  # size: 49920            # most pieces of the finished tokenizer; its report has the curve
+  # chinese_sp: FILE       # another Chinese model than the 20,000 pieces that come along
   output: work/tokenizer
+
+# train_vocab:             # `chinese-llama train-vocab`: a Chinese model of your own for extend-vocab
+#   corpus: [{corpus}]
+#   vocab_size: 20000
 
 extend_model:
   output: work/extended

@@ -19,7 +19,7 @@ READMES = ["README.md", "README_zh.md"]
 OVERRIDES = {  # a pico base and seconds instead of days
     "block_size: 512": "block_size: 64",
     "max_seq_length: 512": "max_seq_length: 256",
-    "vocab_size: 20000": "vocab_size: 200",
+    "# size: 49920": "size: 600",
     "num_train_epochs: 1": "max_steps: 2",
     "num_train_epochs: 2": "max_steps: 2",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_the_template_holds_what_it_was_given(tmp_path: Path, place: str) -> Non
     (tmp_path / FILE).write_text(workspace.template(place, place, place), encoding="utf-8")
     settings = Workspace(tmp_path / FILE).settings
     assert settings.base == place
-    assert settings.train_vocab.corpus == [place]
+    assert settings.extend_vocab.corpus == [place]
     assert settings.pt_lora["data"] == [place]
     assert settings.sft_lora["data"] == place
     assert settings.pt_lora["learning_rate"] == 2e-4
@@ -135,7 +136,7 @@ def test_the_template_names_the_defaults(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(workspace.template("b", "c", "i"), encoding="utf-8")
     written, default = Workspace(tmp_path / FILE).settings, space(tmp_path).settings
     assert written.train_vocab.vocab_size == default.train_vocab.vocab_size
-    assert written.extend_vocab == default.extend_vocab
+    assert written.extend_vocab == replace(default.extend_vocab, corpus=["c"])
     assert written.extend_model == default.extend_model
     assert written.merge == default.merge
     assert written.pt_lora["output_dir"] == default.pt_lora["output_dir"]

@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,10 +27,23 @@ def documents(path: Path) -> Iterator[str]:
 
     Raises BadFile with the line for what cannot be read, and where there is no document at all.
     """
+    return _texts(path, _text_field)
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Like `documents`, of whatever records: `text`, or else all that people wrote in a record
+    (instruction and answer, the turns of a conversation), joined by newlines.
+
+    For what only looks at characters, such as a vocabulary.
+    """
+    return _texts(path, _all_text)
+
+
+def _texts(path: Path, text_of: Callable[[Path, int | None, Any], str]) -> Iterator[str]:
     found = False
     for file in corpus_files(path):
         for line, record in _records(file):
-            text = record if isinstance(record, str) else _text_field(file, line, record)
+            text = record if isinstance(record, str) else text_of(file, line, record)
             if text.strip():
                 found = True
                 yield text
@@ -200,6 +213,28 @@ def _text_field(path: Path, line: int | None, record: Any) -> str:
     if not isinstance(record["text"], str):
         raise BadFile(path, "the field 'text' is not text.", line)
     return _unicode(path, line, record["text"])
+
+
+def _all_text(path: Path, line: int | None, record: Any) -> str:
+    if isinstance(record, dict) and "text" in record:
+        return _text_field(path, line, record)
+    parts = list(_strings(record)) if isinstance(record, dict) else []
+    if not parts:
+        names = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise BadFile(path, f"has no field with text (found: {names or 'nothing'}).", line)
+    return _unicode(path, line, "\n".join(parts))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if name not in ("from", "role", "id", "source"):
+                yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
 
 
 def _unicode(path: Path, line: int | None, text: str) -> str:

@@ -33,7 +33,8 @@ class Adapter:
     @property
     def tokenizer(self) -> Path | None:
         """The directory of the tokenizer that travels with the adapter."""
-        return self.path if (self.path / "tokenizer.model").is_file() else None
+        names = ("tokenizer.model", "tokenizer.json")
+        return self.path if any((self.path / name).is_file() for name in names) else None
 
     @property
     def parents(self) -> list[str]:

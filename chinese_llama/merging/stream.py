@@ -15,7 +15,7 @@ from chinese_llama.merging.plan import Adapter, check_lineage
 from chinese_llama.model.adapters import merged_changes, read_tensors
 from chinese_llama.model.resize import copy_other_files, copy_tokenizer
 from chinese_llama.model.shards import EMBED, Change, Weights, rewrite
-from chinese_llama.vocab.proto import read_model, tokenizer_model
+from chinese_llama.vocab.readers import open_readers
 
 
 def merge(
@@ -65,9 +65,9 @@ def merge(
 
 def _vocabulary(tokenizer: Path, rows: int) -> int | None:
     """Pieces of the merged model's tokenizer. Raises DoesNotFit if the rows do not reach."""
-    if not (tokenizer / "tokenizer.model").is_file():
+    if not any((tokenizer / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         return None
-    pieces = len(read_model(tokenizer_model(tokenizer)).pieces)
+    pieces = len(open_readers(tokenizer)[0].pieces)
     if pieces > rows:
         raise DoesNotFit(
             f"The tokenizer in {tokenizer} has {pieces:,} pieces, the merged model {rows:,} rows."

@@ -10,16 +10,17 @@ import shutil
 from pathlib import Path
 
 import torch
-from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from chinese_llama.artifacts import Keep, Manifest, input_record, read_manifest, stands, write_manifest
 from chinese_llama.directories import MANIFEST, new_directory, write_text
 from chinese_llama.errors import DoesNotFit, UserError
 from chinese_llama.model.initialise import METHODS, new_rows
 from chinese_llama.model.shards import EMBED, HEAD, Change, Weights, read_json, rewrite
+from chinese_llama.vocab.bases import before_extension
 from chinese_llama.vocab.fast import FILES as TOKENIZER_FILES
 from chinese_llama.vocab.fast import write_tokenizer
-from chinese_llama.vocab.proto import CONTROL, encoder, read_model, tokenizer_model
+from chinese_llama.vocab.proto import read_model
+from chinese_llama.vocab.readers import Reader, open_readers
 
 
 def extend_model(
@@ -40,21 +41,21 @@ def extend_model(
     if pad_to_multiple_of < 1:
         raise UserError("--pad-to-multiple-of must be at least 1.")
     source = Weights(base)
-    model = read_model(tokenizer_model(tokenizer))
-    old_size = base_vocab_size(base, tokenizer, model)
+    reader = open_readers(tokenizer)[0]
+    old_size = base_vocab_size(base, tokenizer, reader)
     _check_rows(source, base, old_size)
-    rows = -(-len(model.pieces) // pad_to_multiple_of) * pad_to_multiple_of
+    rows = -(-len(reader.pieces) // pad_to_multiple_of) * pad_to_multiple_of
     manifest = Manifest(
         "model",
         "extend-model",
         inputs={"base": input_record(base), "tokenizer": input_record(tokenizer)},
         settings={"init": init, "pad_to_multiple_of": pad_to_multiple_of},
-        vocab_size=len(model.pieces),
+        vocab_size=len(reader.pieces),
         metrics={"base_vocab_size": old_size, "rows": rows},
     )
     if keep and stands(output, manifest, force, keep):
         return read_manifest(output) or manifest
-    parts = decompose(model, old_size, rows)
+    parts = decompose(tokenizer, reader, old_size, rows)
     names = [name for name in (EMBED, HEAD) if name in source]
     changes = {name: _grown(source, name, old_size, rows, init, parts) for name in names}
     with new_directory(output, force) as partial:
@@ -67,28 +68,28 @@ def extend_model(
     return manifest
 
 
-def base_vocab_size(base: Path, tokenizer: Path, model: model_pb2.ModelProto) -> int:
-    """How many of the tokenizer's first pieces are the base's: all ids from there on are new.
+def base_vocab_size(base: Path, tokenizer: Path, reader: Reader) -> int:
+    """How many of the tokenizer's first ids are the base's: all from there on are new.
 
     Raises DoesNotFit if the tokenizer beside the base is not the beginning of the extended one.
     """
-    if (base / "tokenizer.model").is_file():
-        old = read_model(base / "tokenizer.model")
-        for index, piece in enumerate(old.pieces):
-            if index >= len(model.pieces) or model.pieces[index].piece != piece.piece:
+    if any((base / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        old, new = open_readers(base)[0].pieces, reader.pieces
+        for index, piece in enumerate(old):
+            if index >= len(new) or new[index] != piece:
                 raise DoesNotFit(
-                    f"{tokenizer} does not extend the tokenizer of {base}: id {index} is {piece.piece!r} "
+                    f"{tokenizer} does not extend the tokenizer of {base}: id {index} is {piece!r} "
                     "there; run chinese-llama extend-vocab on this base."
                 )
-        if len(old.pieces) == len(model.pieces):
+        if len(old) == len(new):
             raise DoesNotFit(f"{tokenizer} has no more pieces than {base}; there is nothing to extend.")
-        return len(old.pieces)
+        return len(old)
     manifest = read_manifest(tokenizer)
     if manifest and "base_vocab_size" in manifest.metrics:
         return int(manifest.metrics["base_vocab_size"])
     raise DoesNotFit(
-        f"{base} has no tokenizer.model and {tokenizer} no manifest, so it is unknown which pieces are "
-        "new; put the base's tokenizer.model into it."
+        f"{base} has no tokenizer and {tokenizer} no manifest, so it is unknown which pieces are new; put "
+        "the base's tokenizer.model (or tokenizer.json) into it."
     )
 
 
@@ -104,18 +105,17 @@ def _check_rows(source: Weights, base: Path, old_size: int) -> None:
         raise DoesNotFit(f"{base} has no {HEAD} and config.json does not tie it to the embeddings.")
 
 
-def decompose(model: model_pb2.ModelProto, old_size: int, rows: int) -> list[list[int]]:
+def decompose(tokenizer: Path, reader: Reader, old_size: int, rows: int) -> list[list[int]]:
     """For each row from `old_size` on, the old ids that its piece was tokenised into before.
 
     Without the dummy prefix: no row gets a stray space. Control pieces and padding rows: [].
     """
-    base = model_pb2.ModelProto()
-    base.CopyFrom(model)
-    del base.pieces[old_size:]
-    new = model.pieces[old_size:]
-    parts = encoder(base, dummy_prefix=False).encode([piece.piece for piece in new])
-    parts = [[] if piece.type == CONTROL else ids for piece, ids in zip(new, parts, strict=True)]
-    return parts + [[] for _ in range(rows - len(model.pieces))]
+    parts: list[list[int]] = [[] for _ in range(rows - old_size)]
+    new = [index for index in reader.normal if index >= old_size]
+    texts = reader.texts(new)
+    for index, ids in zip(new, before_extension(tokenizer, old_size)(texts), strict=True):
+        parts[index - old_size] = ids
+    return parts
 
 
 def _grown(source: Weights, name: str, old_size: int, rows: int, init: str, parts: list[list[int]]) -> Change:

@@ -119,6 +119,9 @@ def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[st
     fields = typed(cls, {key: value for key, value in values.items() if key in ours}, where)
     _check(fields, where)
     training = {**DEFAULTS, **defaults, **{key: value for key, value in values.items() if key not in ours}}
+    for key, value in training.items():
+        if value is False and key.endswith("_strategy"):
+            training[key] = "no"  # what YAML makes of `save_strategy: no`
     _check_training(name, training, fields)
     for source in sources(fields.data):
         corpus_files(source.path)

@@ -1,27 +1,36 @@
 """Check a tokenizer: against its base, against itself in other readers, and on a corpus.
 
-Nothing here imports torch or transformers: SentencePiece reads tokenizer.model, the tokenizers
-library reads tokenizer.json, which is what `AutoTokenizer` uses.
+Nothing here imports torch or transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-from sentencepiece import sentencepiece_model_pb2 as model_pb2
+import numpy
 
-from chinese_llama.data.formats import documents
-from chinese_llama.errors import BadFile
+from chinese_llama.data.formats import texts as texts_of
 from chinese_llama.progress import track
-from chinese_llama.vocab.proto import NORMAL, SPACE, encoder, read_model, tokenizer_model
+from chinese_llama.resources import shipped
+from chinese_llama.vocab.measure import Lengths, figures
+from chinese_llama.vocab.readers import Reader, open_readers
 from chinese_llama.vocab.scripts import CHINESE
 
 BATCH = 256  # documents
+LARGEST = 4_000_000  # characters of a batch; a document is never cut
 EXAMPLES = 5
+SHOWN = 120  # characters of an example
+PROBLEMS = {
+    "disagreements": "SentencePiece and tokenizer.json give different ids for",
+    "changed": "text without Chinese is tokenised differently than by the base",
+    "longer": "more tokens than under the base for",
+    "lost": "decoding does not give back, though the base's does,",
+}
 
 PROBES = (
     "",
@@ -45,160 +54,188 @@ PROBES = (
     "中文 English 混合 text，mixed标点,punctuation。",
     "combining: e\u0301 n\u0303 \u4e2d\u0301",
     "▁ literal mark ▁▁",
+    "“quoted” ‘text’—with dashes—and… dots · “再引”——“再引”。”",
 )
 
 
-def fast_reader(directory: Path) -> tokenizers.Tokenizer:
-    """tokenizer.json of `directory`, reading literal control tokens as text."""
-    file = Path(directory) / "tokenizer.json"
-    if not file.is_file():
-        raise BadFile(directory, "has no tokenizer.json.")
-    try:
-        reader = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise BadFile(file, f"is not a tokenizer ({error}).") from error
-    reader.encode_special_tokens = True
-    return reader
+def probe_texts(file: Path | None = None) -> Iterator[str]:
+    """The built-in probe texts, the shipped probe.txt, and the documents of `file`."""
+    yield from PROBES
+    yield from (shipped("vocab") / "probe.txt").read_text(encoding="utf-8").splitlines()
+    if file is not None:
+        yield from track(texts_of(file), f"checking on {file.name}", unit="documents")
 
 
-def fast_ids(reader: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of each text without a beginning-of-text token."""
-    return [encoding.ids for encoding in reader.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def dead_pieces(model: model_pb2.ModelProto, first: int = 0) -> list[str]:
-    """The normal pieces with an id of at least `first` that the encoder never makes of their own text.
+def dead_pieces(reader: Reader, first: int = 0) -> list[str]:
+    """The ordinary pieces with an id of at least `first` that the encoder never makes of their own text.
 
     A piece whose text the encoder splits is split in every context: joins depend on the characters
     inside a piece only.
     """
-    processor = encoder(model, dummy_prefix=False)
-    pieces = [p.piece for p in model.pieces[first:] if p.type == NORMAL]
-    encoded = processor.encode([piece.replace(SPACE, " ") for piece in pieces], out_type=str)
-    return [piece for piece, got in zip(pieces, encoded, strict=True) if got != [piece]]
+    ids = [index for index in reader.normal if index >= first]
+    encoded = reader.plain(reader.texts(ids))
+    return [reader.pieces[index] for index, got in zip(ids, encoded, strict=True) if got != [index]]
+
+
+@dataclass
+class Found:
+    """What was seen on texts: sums, and problems with their first examples."""
+
+    lengths: Lengths = field(default_factory=Lengths)
+    without_chinese: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, problem: str, text: str, at: int = 0) -> None:
+        """Count a problem with `text`, and keep what stands around its byte `at`."""
+        self.counts[problem] = self.counts.get(problem, 0) + 1
+        if len(self.examples.setdefault(problem, [])) < EXAMPLES:
+            around = text.encode()[max(0, at - SHOWN // 2) :][: 2 * SHOWN].decode(errors="ignore")
+            self.examples[problem].append(around[:SHOWN])
+
+
+def compare(
+    texts: Iterable[str], new: Reader, other: Reader | None, base: Reader | None, decoding: bool = False
+) -> Found:
+    """Encode `texts` with the new tokenizer in each of its readers, and with the base, in batches on all
+    cores; look for everything that the contract forbids, decoding too if asked for."""
+    found = Found(counts=dict.fromkeys(_looked_for(other, base, decoding), 0))
+    readers = [reader for reader in (new, other, base) if reader is not None]
+
+    def encode(batch: list[str]) -> list[list[list[int]]]:
+        return [reader.encode(batch) for reader in readers]
+
+    with ThreadPoolExecutor(1) as ahead:  # the next batch is encoded while this one is looked at
+        waiting: tuple[list[str], Future[list[list[list[int]]]]] | None = None
+        for batch in chain(_batches(texts), [None]):
+            encoding = ahead.submit(encode, batch) if batch else None
+            if waiting is not None:
+                _look(found, waiting[0], waiting[1].result(), new, other, base, decoding)
+            waiting = (batch, encoding) if batch and encoding else None
+    return found
+
+
+def _looked_for(other: Reader | None, base: Reader | None, decoding: bool) -> list[str]:
+    wanted = {
+        "disagreements": other is not None,
+        "changed": base is not None,
+        "longer": base is not None,
+        "lost": decoding and base is not None,
+    }
+    return [problem for problem, looked in wanted.items() if looked]
+
+
+def _look(
+    found: Found,
+    batch: list[str],
+    encoded: list[list[list[int]]],
+    new: Reader,
+    other: Reader | None,
+    base: Reader | None,
+    decoding: bool,
+) -> None:
+    ids = encoded[0]
+    sums = {"": (ids, new.lengths, new.prefix)}
+    if other is not None and ids != encoded[1]:
+        for text, one, two in zip(batch, ids, encoded[1], strict=True):
+            if one != two:
+                found.note("disagreements", text, _parting(one, two, new))
+    if base is not None:
+        sums["base"] = (encoded[-1], base.lengths, base.prefix)
+        for text, one, two in zip(batch, ids, encoded[-1], strict=True):
+            plain = not CHINESE.search(text)
+            found.without_chinese += plain
+            if plain and one != two:
+                found.note("changed", text, _parting(one, two, new))
+            if len(one) > len(two):
+                found.note("longer", text, _parting(one, two, new))
+        if decoding:
+            spelt = [new.decode(ids), base.decode(encoded[-1]), (other or new).decode(ids)]
+            for text, one, two, three in zip(batch, *spelt, strict=True):
+                if two == text and not one == two == three:
+                    found.note("lost", text)
+    found.lengths.add(batch, sums)
+
+
+def _parting(one: list[int], two: list[int], reader: Reader) -> int:
+    """The byte of the text at which two encodings part; `one` is `reader`'s."""
+    same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)
+    return max(0, int(reader.lengths[one[:same]].sum()) - reader.prefix)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and (len(batch) == BATCH or size + len(text) > LARGEST):
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
 
 
 def check_contract(
-    base: model_pb2.ModelProto,
-    model: model_pb2.ModelProto,
-    directory: Path,
-    texts: Iterable[str] = PROBES,
+    base: Reader, new: Reader, other: Reader | None, texts: Iterable[str] | None = None
 ) -> dict[str, Any]:
     """What breaks the contract of an extended tokenizer, each in a sentence under "broken".
 
     Old ids keep their pieces; no new piece is dead; SentencePiece and tokenizer.json give the same
-    ids; text without Chinese is tokenised as by the base; no text gets longer.
+    ids; text without Chinese is tokenised as by the base; no text gets longer; decoding gives back what
+    the base's decoding gives back. Beside it counts, examples, and lengths.
     """
     size = len(base.pieces)
     broken = [
-        f"id {i} was {old.piece!r} and is {new.piece!r}."
-        for i, (old, new) in enumerate(zip(base.pieces, model.pieces[:size], strict=True))
-        if old.piece != new.piece
+        f"id {i} was {old!r} and is {piece!r}."
+        for i, (old, piece) in enumerate(zip(base.pieces, new.pieces, strict=False))
+        if old != piece
     ]
-    dead = dead_pieces(model, size)
+    dead = dead_pieces(new, size)
     broken += [f"the piece {piece!r} cannot be produced." for piece in dead]
-    counts = dict.fromkeys(("disagreements", "changed", "longer"), 0)
-    for problem, text in _differences(base, model, directory, texts):
-        counts[problem] += 1
-        broken.append(f"{_PROBLEMS[problem]}: {text[:200]!r}.")
-    return {"dead": dead, **counts, "broken": broken}
-
-
-_PROBLEMS = {
-    "disagreements": "SentencePiece and tokenizer.json give different ids for",
-    "changed": "text without Chinese is tokenised differently than by the base",
-    "longer": "more tokens than under the base for",
-}
-
-
-def _differences(
-    base: model_pb2.ModelProto, model: model_pb2.ModelProto, directory: Path, texts: Iterable[str]
-) -> Iterator[tuple[str, str]]:
-    """(problem, text) for each text that breaks the contract."""
-    old, new, reader = encoder(base), encoder(model), fast_reader(directory)
-    for batch in _batches(texts):
-        before, after, fast = old.encode(batch), new.encode(batch), fast_ids(reader, batch)
-        for text, a, b, c in zip(batch, before, after, fast, strict=True):
-            if b != c:
-                yield "disagreements", text
-            if a != b and not CHINESE.search(text):
-                yield "changed", text
-            if len(b) > len(a):
-                yield "longer", text
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while batch := list(islice(iterator, BATCH)):
-        yield batch
-
-
-def audit_vocab(directory: Path, corpus: list[Path], base: Path | None = None) -> dict[str, Any]:
-    """What `audit-vocab` reports of the tokenizer in `directory` on the documents of `corpus`.
-
-    Per file: documents, characters, bytes, tokens, characters and bytes per token (and the base's),
-    documents without Chinese that changed, documents on which the readers disagree. Over all: sizes,
-    dead pieces, pieces that the corpus never uses, first examples.
-    """
-    model = read_model(tokenizer_model(directory))
-    base_model = read_model(tokenizer_model(base)) if base else None
-    size = len(base_model.pieces) if base_model else 0
-    used = [False] * len(model.pieces)
-    files: dict[str, Any] = {}
-    examples: dict[str, list[str]] = {}
-    for path in corpus:
-        files[str(path)] = _audit_file(path, directory, model, base_model, used, examples)
-    new = [i for i in range(size, len(used)) if model.pieces[i].type == NORMAL]
+    found = compare(probe_texts() if texts is None else texts, new, other, base, decoding=True)
+    for problem, examples in found.examples.items():
+        broken += [f"{PROBLEMS[problem]} {text!r}." for text in examples]
     return {
-        "vocab_size": len(model.pieces),
-        "base_vocab_size": size or None,
-        "dead": dead_pieces(model, size),
-        "unused": [model.pieces[i].piece for i in new if not used[i]],
-        "files": files,
-        "examples": examples,
+        "dead": dead,
+        **figures_of(found),
+        "examples": found.examples,
+        "broken": broken,
     }
 
 
-def _audit_file(
-    path: Path,
-    directory: Path,
-    model: model_pb2.ModelProto,
-    base: model_pb2.ModelProto | None,
-    used: list[bool],
-    examples: dict[str, list[str]],
-) -> dict[str, Any]:
-    processor, reader = encoder(model), fast_reader(directory)
-    old = encoder(base) if base else None
-    counts = dict.fromkeys(("documents", "characters", "bytes", "tokens", "disagreements"), 0)
-    if old:
-        counts |= dict.fromkeys(("base_tokens", "changed", "longer"), 0)
+def figures_of(found: Found) -> dict[str, Any]:
+    """Lengths and counts of problems, as a report has them."""
+    told = {**figures(found.lengths), **found.counts}
+    return {**told, "without_chinese": found.without_chinese} if "changed" in found.counts else told
 
-    def note(problem: str, text: str) -> None:
-        counts[problem] += 1
-        if len(examples.setdefault(problem, [])) < EXAMPLES:
-            examples[problem].append(text[:200])
 
-    for batch in _batches(track(documents(path), path.name, unit="documents")):
-        fast = fast_ids(reader, batch)
-        before = old.encode(batch) if old else [None] * len(batch)
-        for text, ids, other, base_ids in zip(batch, processor.encode(batch), fast, before, strict=True):
-            counts["documents"] += 1
-            counts["characters"] += len(text)
-            counts["bytes"] += len(text.encode())
-            counts["tokens"] += len(ids)
-            for index in ids:
-                used[index] = True
-            if ids != other:
-                note("disagreements", text)
-            if base_ids is not None:
-                counts["base_tokens"] += len(base_ids)
-                if ids != base_ids and not CHINESE.search(text):
-                    note("changed", text)
-                if len(ids) > len(base_ids):
-                    note("longer", text)
-    result: dict[str, Any] = dict(counts)
-    for prefix in ["", "base_"] if old else [""]:
-        tokens = max(1, counts[f"{prefix}tokens"])
-        result[f"{prefix}characters_per_token"] = counts["characters"] / tokens
-        result[f"{prefix}bytes_per_token"] = counts["bytes"] / tokens
-    return result
+def audit_vocab(path: Path, corpus: list[Path], base_path: Path | None = None) -> dict[str, Any]:
+    """What `audit-vocab` reports of the tokenizer at `path` on the texts of `corpus`.
+
+    Per file: characters, bytes, tokens, what a token holds, by script too, beside the base's; texts
+    without Chinese that changed, texts on which the readers disagree. Over all: sizes, dead pieces,
+    pieces that the corpus never uses, first examples.
+    """
+    new, other = open_readers(path)
+    base = open_readers(base_path)[0] if base_path else None
+    size = len(base.pieces) if base else 0
+    used: Any = numpy.zeros(len(new.pieces), dtype=int)
+    files: dict[str, Any] = {}
+    examples: dict[str, list[str]] = {}
+    for file in corpus:
+        found = compare(track(texts_of(file), file.name, unit="documents"), new, other, base)
+        used += found.lengths.tokens[""].used
+        files[str(file)] = figures_of(found)
+        for problem, texts in found.examples.items():
+            examples[problem] = [*examples.get(problem, []), *texts][:EXAMPLES]
+    return {
+        "tokenizer": str(path),
+        "base": str(base_path) if base_path else None,
+        "vocab_size": len(new.pieces),
+        "base_vocab_size": size or None,
+        "dead": dead_pieces(new, size),
+        "unused": [new.pieces[index] for index in new.normal if index >= size and not used[index]],
+        "files": files,
+        "examples": examples,
+    }

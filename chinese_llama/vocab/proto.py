@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -11,7 +13,8 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from chinese_llama.errors import BadFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-BPE = 2
+UNIGRAM, BPE = 1, 2
+WHITESPACE_RUN_SCORE = -1e8  # LLaMA's whitespace-run pieces lie at -1e9, outside the ranking
 _ENDS = {"bos": "beginning", "eos": "end"}
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
@@ -45,6 +48,24 @@ def tokenizer_model(path: Path) -> Path:
     return path
 
 
+def read_chinese(path: Path) -> model_pb2.ModelProto:
+    """A Chinese SentencePiece model, of whatever kind, whose pieces can be told apart."""
+    model = read_model(path)
+    _check_pieces(path, model)
+    return model
+
+
+def _check_pieces(path: Path, model: model_pb2.ModelProto) -> None:
+    seen: dict[str, int] = {}
+    for index, piece in enumerate(model.pieces):
+        if not piece.piece:
+            raise BadFile(path, f"has an empty piece (id {index}); it is damaged, train it again.")
+        if piece.piece in seen:
+            twice = f"has the piece {piece.piece!r} twice (ids {seen[piece.piece]} and {index})"
+            raise BadFile(path, f"{twice}; ids must be told apart by their pieces, train it again.")
+        seen[piece.piece] = index
+
+
 def read_base(path: Path) -> model_pb2.ModelProto:
     """A base tokenizer that can be extended: SentencePiece BPE with byte fallback, bos and eos.
 
@@ -52,6 +73,7 @@ def read_base(path: Path) -> model_pb2.ModelProto:
     """
     file = tokenizer_model(path)
     model = read_model(file)
+    _check_pieces(file, model)
     normalizer = model.normalizer_spec
     if model.trainer_spec.model_type != BPE:
         raise BadFile(file, "is not a BPE model; only SentencePiece-BPE bases can be extended.")
@@ -74,10 +96,34 @@ def read_base(path: Path) -> model_pb2.ModelProto:
 
 
 def encoder(model: model_pb2.ModelProto, dummy_prefix: bool = True) -> sentencepiece.SentencePieceProcessor:
-    """A processor for `model`; without the dummy prefix, text is not put behind a space."""
+    """A processor for `model`; without the dummy prefix, text is not put behind a space, and spaces stay
+    as they are."""
     if not dummy_prefix:
         copy = model_pb2.ModelProto()
         copy.CopyFrom(model)
         copy.normalizer_spec.add_dummy_prefix = False
+        copy.normalizer_spec.remove_extra_whitespaces = False
         model = copy
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+def first_free_score(model: model_pb2.ModelProto) -> float:
+    """A whole number below every score that ranks merges in `model`.
+
+    -31741 for LLaMA. Whole numbers stay distinct in float32 down to -16777216.
+    """
+    scores = [p.score for p in model.pieces if p.type == NORMAL and p.score > WHITESPACE_RUN_SCORE]
+    return math.floor(min(scores)) - 1.0
+
+
+def add_pieces(
+    base: model_pb2.ModelProto, pieces: Sequence[str], score: float | None = None
+) -> model_pb2.ModelProto:
+    """A copy of `base` with `pieces` appended, ranked in that order below all that it has, from `score`
+    (default: the first that is free) on."""
+    model = model_pb2.ModelProto()
+    model.CopyFrom(base)
+    score = first_free_score(base) if score is None else score
+    for rank, piece in enumerate(pieces):
+        model.pieces.add(piece=piece, score=score - rank, type=NORMAL)
+    return model

@@ -1,6 +1,6 @@
 """Train the Chinese SentencePiece model from a corpus.
 
-Only runs of Chinese characters are shown to the trainer, so no piece holds a space, a digit or a
+Only clauses of Chinese are shown to the trainer, so no piece holds a space, a digit or a
 Latin letter; nothing is normalised, so full-width punctuation stays what it is.
 """
 
@@ -14,15 +14,15 @@ from pathlib import Path
 import sentencepiece
 
 from chinese_llama.artifacts import Keep, Manifest, input_record, read_manifest, stands, write_manifest
-from chinese_llama.data.formats import documents
+from chinese_llama.data.formats import texts
 from chinese_llama.directories import new_directory
 from chinese_llama.errors import UserError
 from chinese_llama.progress import say, track
-from chinese_llama.vocab.scripts import RUN
+from chinese_llama.vocab.corpus import LONGEST, clauses
 
 MODEL = "chinese_sp.model"
-LONGEST_RUN = 1000  # characters; SentencePiece drops longer "sentences" without a word
 SLOW = 5_000_000  # characters; fewer are trained on in seconds
+SEED = 20_000
 SENTENCES = 4_000_000  # kept in memory by the trainer, sampled from the whole stream
 
 
@@ -63,12 +63,10 @@ def train_vocab(
 
 def _runs(corpus: list[Path], counter: dict[str, int]) -> Iterator[str]:
     for path in corpus:
-        for text in track(documents(path), f"reading {path.name}", unit="documents"):
-            for match in RUN.finditer(text):
-                run = match.group()
-                counter["characters"] += len(run)
-                for start in range(0, len(run), LONGEST_RUN):
-                    yield run[start : start + LONGEST_RUN]
+        for text in track(texts(path), f"reading {path.name}", unit="documents"):
+            for clause in clauses(text):
+                counter["characters"] += len(clause)
+                yield clause
 
 
 def _train(corpus: list[Path], vocab_size: int, model_type: str, counter: dict[str, int]) -> bytes:
@@ -84,6 +82,7 @@ def _train(corpus: list[Path], vocab_size: int, model_type: str, counter: dict[s
             failure.append(error)
             raise
 
+    sentencepiece.set_random_generator_seed(SEED)  # of the sample that is taken of a large corpus
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=runs(),
@@ -97,7 +96,7 @@ def _train(corpus: list[Path], vocab_size: int, model_type: str, counter: dict[s
             hard_vocab_limit=False,
             input_sentence_size=SENTENCES,
             shuffle_input_sentence=True,
-            max_sentence_length=4 * LONGEST_RUN,
+            max_sentence_length=4 * LONGEST,
             num_threads=1,  # the same pieces on every machine
             minloglevel=2,
         )

@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chinese_llama.data.formats import as_paths, corpus_files, documents, instructions
+from chinese_llama.data.formats import as_paths, corpus_files, documents, instructions, texts
 from chinese_llama.errors import BadFile, UserError
 
 TEXTS = ["中国的首都是北京。", "The quick brown fox.", "  leading  and 😀 trailing  "]
@@ -223,3 +223,105 @@ def test_records_without_an_answer_are_left_out_and_counted(
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert list(instructions(tmp_path / "a.jsonl")) == [RECORD] * 2
     assert "left out 1 of 3 records" in capsys.readouterr().err
+
+
+CONVERSATION = {
+    "id": "x1",
+    "source": "web",
+    "conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "您好！"}],
+}
+OF_ANY_KIND = [
+    ({"text": "一", "title": "二"}, "一"),
+    (RECORD, "译成英文\n你好\nHello"),
+    ({"instruction": "问", "input": "", "output": "答"}, "问\n\n答"),
+    (CONVERSATION, "你好\n您好！"),
+    ({"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "好"}]}, "你好\n好"),
+    ({"question": "问", "chosen": "好", "rejected": "不好", "score": 3, "good": True}, "问\n好\n不好"),
+    ({"content": {"title": "题", "body": ["段一", "段二"]}, "n": None}, "题\n段一\n段二"),
+]
+
+
+@pytest.mark.parametrize(("record", "text"), OF_ANY_KIND)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".json.zst"])
+def test_texts_are_all_that_people_wrote_in_a_record(
+    tmp_path: Path, record: dict[str, Any], text: str, suffix: str
+) -> None:
+    line = json.dumps(record, ensure_ascii=False)
+    raw = f"[{line}]" if suffix.startswith(".json.") or suffix == ".json" else line + "\n"
+    path = put(tmp_path / f"a{suffix}", PACK[path_packing(suffix)](raw.encode()))
+    assert list(texts(path)) == [text]
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json"])
+def test_texts_of_documents_are_the_documents(tmp_path: Path, kind: str) -> None:
+    path = put(tmp_path / f"a{kind}", content(kind, [*TEXTS, "", "  "]))
+    assert list(texts(path)) == list(documents(path)) == TEXTS
+
+
+def test_texts_of_parquet_are_those_of_its_columns(tmp_path: Path) -> None:
+    table = pyarrow.table({"id": [1, 2], "prompt": ["问", "再问"], "answer": ["答", None]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert list(texts(tmp_path / "a.parquet")) == ["问\n答", "再问"]
+
+
+def test_texts_of_a_directory_may_be_of_several_kinds(tmp_path: Path) -> None:
+    put(tmp_path / "a.txt", "一\n二\n")
+    put(tmp_path / "b.jsonl", json.dumps(RECORD) + "\n")
+    put(tmp_path / "c.jsonl", json.dumps(CONVERSATION) + "\n")
+    assert list(texts(tmp_path)) == ["一", "二", "译成英文\n你好\nHello", "你好\n您好！"]
+
+
+def test_records_whose_texts_are_empty_are_left_out(tmp_path: Path) -> None:
+    lines = ['{"instruction": "", "output": " "}', '{"text": ""}', '{"output": "答"}']
+    assert list(texts(put(tmp_path / "a.jsonl", "\n".join(lines)))) == ["答"]
+    with pytest.raises(BadFile, match=r"b\.jsonl: holds no text"):
+        list(texts(put(tmp_path / "b.jsonl", "\n".join(lines[:2]))))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"n": 1, "id": "x"}', r"line 2: has no field with text \(found: n, id\)"),
+        ("{}", r"line 2: has no field with text \(found: nothing\)"),
+        ("[1, 2]", r"line 2: has no field with text \(found: list\)"),
+        ("3", r"line 2: has no field with text \(found: int\)"),
+        ('{"text": 3, "title": "x"}', "line 2: the field 'text' is not text"),
+        ('{"text": null}', "line 2: the field 'text' is not text"),
+        ('{"output": "half: \\ud83d"}', r"line 2: holds half a surrogate pair \('\\ud83d'\)"),
+        ('{"text": "half: \\ud83d"}', "line 2: holds half a surrogate pair"),
+        ('{"output": ', "line 2: is not valid JSON"),
+    ],
+)
+def test_texts_of_a_broken_file_say_where_and_what(tmp_path: Path, line: str, message: str) -> None:
+    path = put(tmp_path / "a.jsonl", '{"output": "one"}\n' + line + "\n")
+    stream = texts(path)
+    assert next(stream) == "one"
+    with pytest.raises(BadFile, match=rf"a\.jsonl, {message}"):
+        next(stream)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    fields=st.dictionaries(
+        st.sampled_from(["instruction", "output", "a", "b", "from", "role", "id", "source"]),
+        PLAIN,
+        min_size=1,
+    )
+)
+def test_the_texts_of_any_record_are_its_fields_in_order(
+    tmp_path_factory: pytest.TempPathFactory, fields: dict[str, str]
+) -> None:
+    path = put(tmp_path_factory.getbasetemp() / "fields.jsonl", json.dumps([fields])[1:-1] + "\n")
+    wanted = [value for name, value in fields.items() if name not in ("from", "role", "id", "source")]
+    if "".join(wanted).strip():
+        assert list(texts(path)) == ["\n".join(wanted)]
+    else:
+        with pytest.raises(BadFile, match=r"holds no text|has no field with text"):
+            list(texts(path))
+
+
+def test_real_instructions_are_texts_too(data: Path) -> None:
+    for name in ("alpaca_zh.jsonl.gz", "preference_zh.jsonl.gz"):
+        found = list(texts(data / name))
+        assert len(found) > 100
+        assert all("\n" in text for text in found[:100])

@@ -18,6 +18,7 @@ from chinese_llama.errors import BadFile, DoesNotFit, OutputExists, UserError
 from chinese_llama.model.resize import base_vocab_size, decompose, extend_model
 from chinese_llama.model.shards import EMBED, HEAD, Weights
 from chinese_llama.vocab.proto import CONTROL, read_model
+from chinese_llama.vocab.readers import sp_reader
 from tests import tiny
 
 MATRICES = (EMBED, HEAD)
@@ -111,7 +112,7 @@ def test_decompose_is_what_sentencepiece_made_of_the_piece_before(base: Path, to
     model = read_model(tokenizer / "tokenizer.model")
     old = sizes(base, tokenizer)[0]
     before = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model"))
-    parts = decompose(model, old, len(model.pieces) + 3)
+    parts = decompose(tokenizer, sp_reader(model), old, len(model.pieces) + 3)
     assert parts[-3:] == [[], [], []]
     space = before.piece_to_id("▁")
     for piece, ids in zip(model.pieces[old:], parts, strict=False):
@@ -189,7 +190,7 @@ def test_without_the_old_tokenizer_the_manifest_says_what_is_new(
 ) -> None:
     bare = shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     old, new = sizes(base, tokenizer)
-    assert base_vocab_size(bare, tokenizer, read_model(tokenizer / "tokenizer.model")) == old
+    assert base_vocab_size(bare, tokenizer, sp_reader(read_model(tokenizer / "tokenizer.model"))) == old
     extend_model(bare, tokenizer, tmp_path / "out")
     assert_extends(base, tmp_path / "out", old, new)
     unknown = shutil.copytree(tokenizer, tmp_path / "unknown", ignore=shutil.ignore_patterns(MANIFEST))
@@ -224,7 +225,7 @@ def test_unknown_settings_are_refused(base: Path, tokenizer: Path, tmp_path: Pat
         extend_model(base, tokenizer, tmp_path / "out", init="zero")
     with pytest.raises(UserError, match="--pad-to-multiple-of must be at least 1"):
         extend_model(base, tokenizer, tmp_path / "out", pad_to_multiple_of=0)
-    with pytest.raises(BadFile, match=r"has no tokenizer\.model"):
+    with pytest.raises(BadFile, match=r"has neither tokenizer\.model nor tokenizer\.json"):
         extend_model(base, tmp_path, tmp_path / "out")
 
 

@@ -169,3 +169,7 @@ def test_the_adapters_of_a_workspace_belong_to_its_model(here: Path) -> None:
     assert recipe.fields.adapters == []
     (here / "c.yaml").write_text("model_name_or_path: other\n")
     assert resolve("sft_lora", TuningFields, DEFAULTS, ["--config", "c.yaml"]).fields.adapters == []
+
+
+def test_no_is_a_strategy_though_yaml_reads_false(here: Path) -> None:
+    assert pretraining(*NEEDED, "--save_strategy", "no").training["save_strategy"] == "no"

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
+import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from chinese_llama.errors import BadFile, UserError
-from chinese_llama.vocab import merge
+from chinese_llama.vocab import merge, report
 from chinese_llama.vocab.audit import (
     BATCH,
     EXAMPLES,
     PROBES,
+    SHOWN,
     audit_vocab,
     check_contract,
     dead_pieces,
-    fast_ids,
-    fast_reader,
+    probe_texts,
 )
 from chinese_llama.vocab.fast import write_tokenizer
 from chinese_llama.vocab.proto import NORMAL, encoder, read_base, read_model
+from chinese_llama.vocab.readers import open_readers
+from chinese_llama.vocab.select import Selection
 from tests import tiny
+from tests.vocab.strategies import CLASSES
 
 
 def written(directory: Path, model: model_pb2.ModelProto) -> Path:
@@ -40,31 +48,48 @@ def grown(base: Path, pieces: dict[str, float]) -> model_pb2.ModelProto:
     return model
 
 
+def checked(base: Path, directory: Path, texts: list[str] | None = None) -> dict[str, Any]:
+    """The contract between two tokenizers on `texts` (None: the probe texts)."""
+    return check_contract(open_readers(base)[0], *open_readers(directory), texts)
+
+
+def dead(model: model_pb2.ModelProto, first: int, tmp_path: Path) -> list[str]:
+    return dead_pieces(open_readers(tiny.write_model(tmp_path / "dead.model", model))[0], first)
+
+
 def test_the_extended_tokenizer_keeps_its_contract(base: Path, tokenizer: Path) -> None:
-    checks = check_contract(read_base(base), read_model(tokenizer / "tokenizer.model"), tokenizer)
-    assert checks == {"dead": [], "disagreements": 0, "changed": 0, "longer": 0, "broken": []}
+    checks = checked(base, tokenizer)
+    assert (checks["dead"], checks["broken"], checks["examples"]) == ([], [], {})
+    assert {problem: checks[problem] for problem in report.PROBLEMS} == dict.fromkeys(report.PROBLEMS, 0)
+    assert checks["documents"] == len(list(probe_texts())) > len(PROBES)
+    assert 0 < checks["without_chinese"] < checks["documents"]
+    assert checks["characters_per_token"] > checks["base_characters_per_token"]
+
+
+def test_the_contract_holds_on_every_class_of_text(base: Path, tokenizer: Path) -> None:
+    assert checked(base, tokenizer, list(CLASSES.values()))["broken"] == []
 
 
 def test_a_dead_piece_is_found(base: Path, tmp_path: Path) -> None:
     model = grown(base, {"中": -900.0, "国": -901.0, "人": -902.0, "中国人": -903.0})
     size = len(read_base(base).pieces)
-    assert dead_pieces(model, size) == ["中国人"]
-    checks = check_contract(read_base(base), model, written(tmp_path / "out", model))
+    assert dead(model, size, tmp_path) == ["中国人"]
+    checks = checked(base, written(tmp_path / "out", model))
     assert checks["dead"] == ["中国人"]
     assert "the piece '中国人' cannot be produced." in checks["broken"]
 
 
-def test_the_base_has_no_dead_piece_that_the_audit_counts_as_new(base: Path) -> None:
+def test_the_base_has_no_dead_piece_that_the_audit_counts_as_new(base: Path, tmp_path: Path) -> None:
     model = read_base(base)
-    assert dead_pieces(model, len(model.pieces)) == []
+    assert dead(model, len(model.pieces), tmp_path) == []
 
 
 def test_text_without_chinese_that_changes_is_found(base: Path, tmp_path: Path) -> None:
     model = grown(base, {"20": 0.0})
     directory = written(tmp_path / "out", model)
-    checks = check_contract(read_base(base), model, directory, ["the", "in 2023"])
+    checks = checked(base, directory, ["the", "in 2023"])
     assert checks["changed"] == 1
-    assert checks["broken"] == ["text without Chinese is tokenised differently than by the base: 'in 2023'."]
+    assert checks["broken"] == ["text without Chinese is tokenised differently than by the base 'in 2023'."]
 
 
 def test_a_renamed_old_id_is_found(base: Path, tmp_path: Path) -> None:
@@ -72,7 +97,7 @@ def test_a_renamed_old_id_is_found(base: Path, tmp_path: Path) -> None:
     model.pieces[300].piece = "中国"
     directory = written(tmp_path / "out", model)
     was = read_base(base).pieces[300].piece
-    checks = check_contract(read_base(base), model, directory, [])
+    checks = checked(base, directory, [])
     assert checks["broken"] == [f"id 300 was {was!r} and is '中国'."]
 
 
@@ -81,9 +106,9 @@ def test_text_that_gets_longer_is_found(base: Path, tmp_path: Path) -> None:
     model = grown(base, {"az": 5.0})
     fox = tiny.ENGLISH[0]
     assert len(encoder(model).encode(fox)) > len(encoder(read_base(base)).encode(fox))
-    checks = check_contract(read_base(base), model, written(tmp_path / "out", model), [fox, "the"])
+    checks = checked(base, written(tmp_path / "out", model), [fox, "the"])
     assert checks["longer"] == 1
-    assert f"more tokens than under the base for: {fox!r}." in checks["broken"]
+    assert f"more tokens than under the base for {fox!r}." in checks["broken"]
 
 
 def test_readers_that_disagree_are_found(base: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -92,19 +117,19 @@ def test_readers_that_disagree_are_found(base: Path, tokenizer: Path, tmp_path: 
     content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"]["merges"] = [m for m in content["model"]["merges"] if "".join(m) != "北京"]
     (directory / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    checks = check_contract(read_base(base), read_model(directory / "tokenizer.model"), directory, ["在北京"])
+    checks = checked(base, directory, ["在北京"])
     assert checks["disagreements"] == 1
-    assert "SentencePiece and tokenizer.json give different ids for: '在北京'." in checks["broken"]
+    assert "SentencePiece and tokenizer.json give different ids for '在北京'." in checks["broken"]
     told = audit_vocab(directory, [tiny.write_texts(tmp_path / "zh.jsonl", ["在北京", "你好"])])
     assert told["files"][str(tmp_path / "zh.jsonl")]["disagreements"] == 1
     assert told["examples"] == {"disagreements": ["在北京"]}
+    assert "read differently by SentencePiece and tokenizer.json: '在北京'" in report.summary(told)
 
 
 def test_a_strict_tokenizer_that_breaks_its_contract_is_not_written(
     base: Path, chinese_sp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad = {"中": -900.0, "国": -901.0, "人": -902.0, "中国人": -903.0}
-    monkeypatch.setattr(merge, "add_pieces", lambda *_: grown(base, bad))
+    monkeypatch.setattr(merge, "select", lambda *_: Selection(["中国人", "中", "国", "人"]))
     with pytest.raises(UserError, match=r"breaks its contract: the piece '中国人' cannot be produced\."):
         merge.extend_vocab(base, chinese_sp, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -154,22 +179,210 @@ def test_examples_are_few_and_short(base: Path, tmp_path: Path) -> None:
     path = tiny.write_texts(tmp_path / "en.jsonl", [f"{number} in 2023 " + "a" * 400 for number in range(20)])
     told = audit_vocab(directory, [path], base)
     assert told["files"][str(path)]["changed"] == 20
-    assert [len(text) for text in told["examples"]["changed"]] == [200] * EXAMPLES
+    assert [len(text) for text in told["examples"]["changed"]] == [SHOWN] * EXAMPLES
 
 
-def test_fast_reader_says_what_it_lacks(tmp_path: Path, tokenizer: Path) -> None:
-    with pytest.raises(BadFile, match=r"has no tokenizer\.json"):
-        fast_reader(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}', encoding="utf-8")
-    with pytest.raises(BadFile, match=r"tokenizer\.json: is not a tokenizer"):
-        fast_reader(tmp_path)
-    assert fast_ids(fast_reader(tokenizer), ["", "<s>"])[0] == []
+def test_an_example_shows_where_the_two_part(base: Path, tmp_path: Path) -> None:
+    directory = written(tmp_path / "out", grown(base, {"20": 0.0}))
+    texts = ["the sea " * 500 + "in 2023" + " and more" * 500, "😀é" * 300 + " in 2023"]
+    checks = checked(base, directory, texts)
+    assert checks["changed"] == 2
+    for text, example in zip(texts, checks["examples"]["changed"], strict=True):
+        assert "2023" in example
+        assert example in text
+        assert len(example) <= SHOWN
+
+
+def test_disagreements_come_with_examples_of_every_file(data: Path, work: Path, tmp_path: Path) -> None:
+    """What Chinese-LLaMA published is read differently by its two readers."""
+    folder = data / "tokenizers"
+    merge.extend_vocab(folder / "llama", folder / "chinese_sp.model", tmp_path / "out", "reference")
+    files = [
+        tiny.write_texts(tmp_path / "a.jsonl", [text for text in probe_texts() if text.strip()]),
+        tiny.write_texts(tmp_path / "b.jsonl", ["In 2023 and 1010"]),
+    ]
+    told = audit_vocab(tmp_path / "out", files, folder / "llama")
+    assert told["files"][str(files[0])]["disagreements"] >= len(told["examples"]["disagreements"]) > 0
+    assert told["files"][str(files[1])]["changed"] == 1
+    page, summary = report.markdown(told), report.summary(told)
+    for problem, examples in told["examples"].items():
+        assert 0 < len(examples) <= EXAMPLES
+        assert repr(examples[0]) in summary
+        assert page.count(f"{report.PROBLEMS[problem]}, for example: `") == len(examples)
+
+
+def test_the_probe_texts_of_a_file_come_too(base: Path, tokenizer: Path, tmp_path: Path) -> None:
+    own = tiny.write_texts(tmp_path / "own.jsonl", ["mine", "我的"])
+    assert list(probe_texts(own)) == [*probe_texts(), "mine", "我的"]
+    assert set(PROBES) <= set(probe_texts())
+
+
+def test_scripts_are_counted_for_the_tokenizer_and_its_base(
+    base: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    path = tiny.write_texts(tmp_path / "mixed.jsonl", ["北京，the 20", "北京"])
+    scripts = audit_vocab(tokenizer, [path], base)["files"][str(path)]["scripts"]
+    assert scripts == {
+        "Han and kana": {"characters": 4, "tokens": 2, "base_tokens": 12},
+        "Chinese marks": {"characters": 1, "tokens": 1, "base_tokens": 3},
+        "Latin letters": {"characters": 3, "tokens": 2, "base_tokens": 2},
+        "digits": {"characters": 2, "tokens": 2, "base_tokens": 2},
+        "spaces": {"characters": 1, "tokens": 1, "base_tokens": 1},
+    }
+
+
+def test_a_character_per_token_is_never_counted_from_texts_whose_tokens_are_not(
+    base: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    """The tokens of a text with a literal space mark cannot be told apart by script; so its characters
+    must not make those of others look longer."""
+    ratios = []
+    for texts in (["北京是北京"], ["北京是北京", "北京是▁北京" * 5]):
+        path = tiny.write_texts(tmp_path / "marks.jsonl", texts)
+        figures = audit_vocab(tokenizer, [path], base)["files"][str(path)]
+        han = figures["scripts"]["Han and kana"]
+        ratios.append((han["characters"] / han["tokens"], figures["non_ascii_per_token"]))
+    assert ratios[0] == ratios[1]
+
+
+KINDS: dict[str, Callable[[Path], Any]] = {}
+
+
+def kind(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    KINDS[make.__name__] = make
+    return make
+
+
+def trained(directory: Path, **options: Any) -> None:
+    with open(directory / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(tiny.ENGLISH + tiny.CHINESE),
+            model_writer=file,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **{"vocab_size": 420, "byte_fallback": True, **options},
+        )
+
+
+@kind
+def llama_like(directory: Path) -> None:
+    write_tokenizer(directory, tiny.base_tokenizer(), None)
+
+
+@kind
+def llama_like_tokenizer_json_only(directory: Path) -> None:
+    """As Mistral's and many Llama-2 directories are."""
+    write_tokenizer(directory, tiny.base_tokenizer(), None)
+    (directory / "tokenizer.model").unlink()
+
+
+@kind
+def bpe_that_removes_extra_spaces(directory: Path) -> None:
+    trained(directory, model_type="bpe", normalization_rule_name="identity")
+
+
+@kind
+def unigram(directory: Path) -> None:
+    trained(
+        directory, model_type="unigram", normalization_rule_name="identity", remove_extra_whitespaces=False
+    )
+
+
+@kind
+def unigram_with_nmt_nfkc(directory: Path) -> None:
+    trained(directory, model_type="unigram", byte_fallback=False)
+
+
+@kind
+def byte_level(directory: Path) -> None:
+    tiny.write_byte_level(directory, tiny.byte_level())
+
+
+@kind
+def llama_3_with_a_word_that_no_merges_make(directory: Path) -> None:
+    """It looks whole words up first."""
+    content = json.loads(tiny.byte_level("llama3").to_str())
+    assert content["model"]["ignore_merges"]
+    word = max((piece for piece in content["model"]["vocab"] if piece.startswith("Ġ")), key=len)
+    content["model"]["merges"] = [m for m in content["model"]["merges"] if "".join(m) != word]
+    tiny.write_byte_level(directory, tokenizers.Tokenizer.from_str(json.dumps(content)))
+
+
+@kind
+def byte_level_with_a_space_before(directory: Path) -> None:
+    tokenizer = tiny.byte_level("gpt2")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tiny.write_byte_level(directory, tokenizer)
+
+
+@kind
+def word_pieces(directory: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]"], show_progress=False)
+    tokenizer.train_from_iterator(tiny.ENGLISH + tiny.CHINESE, trainer)
+    tiny.write_byte_level(directory, tokenizer)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def any_kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp(request.param)
+    KINDS[request.param](directory)
+    return directory
+
+
+def test_a_tokenizer_of_any_kind_is_audited(any_kind: Path, work: Path) -> None:
+    files = [work / "zh.jsonl", work / "en.jsonl"]
+    told = audit_vocab(any_kind, files)
+    reader, _ = open_readers(any_kind)
+    assert told["vocab_size"] == len(reader.pieces)
+    for file, texts in zip(files, (tiny.CHINESE, tiny.ENGLISH), strict=True):
+        figures = told["files"][str(file)]
+        assert figures["tokens"] == sum(map(len, reader.encode(texts)))
+        assert figures["characters"] == sum(map(len, texts))
+        assert figures.get("disagreements", 0) == 0
+    assert report.summary(told) and report.markdown(told)
+
+
+def test_no_piece_that_a_text_uses_is_called_dead_or_unused(any_kind: Path, work: Path) -> None:
+    told = audit_vocab(any_kind, [work / "zh.jsonl", work / "en.jsonl"])
+    reader, _ = open_readers(any_kind)
+    used = {reader.pieces[i] for ids in reader.encode(tiny.ENGLISH + tiny.CHINESE) for i in ids}
+    assert not used & set(told["unused"])
+    assert not used & set(told["dead"])
+
+
+def test_tokens_are_counted_by_script(any_kind: Path, work: Path) -> None:
+    """Where a tokenizer does not spell texts byte for byte there may be none, but never wrong ones."""
+    figures = audit_vocab(any_kind, [work / "en.jsonl"])["files"][str(work / "en.jsonl")]
+    scripts = figures["scripts"]
+    tokens = sum(counts["tokens"] for counts in scripts.values())
+    assert tokens <= figures["tokens"]
+    if not any_kind.name.startswith(("word_pieces", "unigram_with_nmt_nfkc", "bpe_that_removes")):
+        assert tokens >= figures["tokens"] - len(tiny.ENGLISH)
+        assert scripts["Latin letters"]["tokens"] > 5 * scripts["digits"]["tokens"] > 0
+
+
+def test_a_bare_model_file_is_audited_without_a_second_reader(
+    base: Path, tokenizer: Path, work: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tokenizer / "tokenizer.model", tmp_path / "bare.model")
+    told = audit_vocab(tmp_path / "bare.model", [work / "zh.jsonl"], base / "tokenizer.model")
+    whole = audit_vocab(tokenizer, [work / "zh.jsonl"], base)
+    figures, both = (one["files"][str(work / "zh.jsonl")] for one in (told, whole))
+    assert "disagreements" not in figures
+    assert {**figures, "disagreements": 0} == both
+    assert {key: told[key] for key in ("dead", "unused", "vocab_size", "base_vocab_size")} == {
+        key: whole[key] for key in ("dead", "unused", "vocab_size", "base_vocab_size")
+    }
 
 
 def test_a_corpus_that_cannot_be_read_is_named(tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(BadFile, match=r"gone\.jsonl: no such file"):
         audit_vocab(tokenizer, [tmp_path / "gone.jsonl"])
-    with pytest.raises(BadFile, match=r"has no tokenizer\.model"):
+    with pytest.raises(BadFile, match=r"has neither tokenizer\.model nor tokenizer\.json"):
         audit_vocab(tmp_path, [tmp_path / "gone.jsonl"])
 
 

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from chinese_llama.vocab.audit import PROBES, fast_ids, fast_reader
+from chinese_llama.vocab.audit import PROBES
 from chinese_llama.vocab.fast import write_tokenizer
 from chinese_llama.vocab.merge import extend_vocab
 from chinese_llama.vocab.proto import encoder, read_model
+from chinese_llama.vocab.readers import open_readers
 from tests import tiny
+from tests.vocab.strategies import CLASSES
 
 KINDS: dict[str, dict[str, Any]] = {
     "extra spaces removed": {"normalization_rule_name": "identity", "remove_extra_whitespaces": True},
@@ -63,12 +65,27 @@ def extended(
 )
 def test_both_readers_agree(extended: Path, texts: list[str]) -> None:
     texts += PROBES
-    processor = encoder(read_model(extended / "tokenizer.model"))
-    assert fast_ids(fast_reader(extended), texts) == processor.encode(texts)
+    _, fast = open_readers(extended)
+    assert fast is not None
+    assert fast.encode(texts) == encoder(read_model(extended / "tokenizer.model")).encode(texts)
+
+
+def test_both_readers_agree_on_every_class_of_text(extended: Path) -> None:
+    model, fast = open_readers(extended)
+    assert fast is not None
+    for text in CLASSES.values():
+        assert fast.encode([text]) == model.encode([text])
 
 
 def test_decoding_gives_what_sentencepiece_gives(extended: Path) -> None:
-    processor, reader = encoder(read_model(extended / "tokenizer.model")), fast_reader(extended)
-    for text in PROBES:
+    processor, (_, fast) = encoder(read_model(extended / "tokenizer.model")), open_readers(extended)
+    assert fast is not None
+    for text in [*PROBES, *CLASSES.values()]:
         ids = processor.encode(text)
-        assert reader.decode(ids) == processor.decode(ids)
+        assert fast.decode([ids]) == [processor.decode(ids)]
+
+
+def test_decoding_gives_what_the_base_gives(extended: Path) -> None:
+    new, old = open_readers(extended)[0], open_readers(extended.parent / "base")[0]
+    for text in [*PROBES, *CLASSES.values()]:
+        assert new.decode(new.encode([text])) == old.decode(old.encode([text]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chinese_llama.errors import BadFile
-from chinese_llama.vocab.proto import SPACE, encoder, read_base, read_model, tokenizer_model
+from chinese_llama.vocab.proto import (
+    CONTROL,
+    NORMAL,
+    SPACE,
+    USER_DEFINED,
+    add_pieces,
+    encoder,
+    first_free_score,
+    read_base,
+    read_chinese,
+    read_model,
+    tokenizer_model,
+)
 from tests import tiny
 
 
@@ -103,11 +117,53 @@ def test_bases_that_cannot_be_extended_say_why(tmp_path: Path, options: dict[str
         read_base(path)
 
 
-def test_a_base_without_bos_is_refused(tmp_path: Path) -> None:
-    """Every text starts with bos: a base that has none cannot be used."""
-    path = trained(tmp_path / "other.model", bos_id=-1)
-    with pytest.raises(BadFile, match=r"other\.model: .*bos"):
+@pytest.mark.parametrize(("role", "end"), [("bos", "beginning"), ("eos", "end")])
+def test_a_base_without_bos_or_eos_is_refused(tmp_path: Path, role: str, end: str) -> None:
+    """Every text starts with bos and ends with eos: a base that has none cannot be used."""
+    path = trained(tmp_path / "other.model", **{f"{role}_id": -1})
+    with pytest.raises(BadFile, match=rf"other\.model: has no {role} piece; a base that marks the {end}"):
         read_base(path)
+
+
+def test_a_base_with_user_defined_pieces_is_refused(tmp_path: Path, base: Path) -> None:
+    model = read_model(base / "tokenizer.model")
+    model.pieces.add(piece="<|user|>", score=0.0, type=USER_DEFINED)
+    with pytest.raises(BadFile, match=r"own\.model: has user-defined pieces \('<\|user\|>'\)"):
+        read_base(tiny.write_model(tmp_path / "own.model", model))
+
+
+@pytest.mark.parametrize("read", [read_chinese, read_base])
+def test_empty_pieces_and_pieces_that_are_there_twice_are_refused(
+    tmp_path: Path, base: Path, read: Callable[[Path], Any]
+) -> None:
+    """Whatever reads such a file by its pieces would give wrong ids."""
+    for piece, message in (
+        ("", r"own\.model: has an empty piece \(id 420\); it is damaged, train it again"),
+        ("</s>", r"own\.model: has the piece '</s>' twice \(ids 2 and 420\)"),
+    ):
+        model = read_model(base / "tokenizer.model")
+        model.pieces.add(piece=piece, score=0.0, type=NORMAL)
+        with pytest.raises(BadFile, match=message):
+            read(tiny.write_model(tmp_path / "own.model", model))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_chinese_model_may_be_of_either_kind_and_hold_pieces_of_all_kinds(
+    tmp_path: Path, kind: str
+) -> None:
+    options = {"model_type": kind, "vocab_size": 200, "byte_fallback": False}
+    path = trained(tmp_path / "zh.model", **options, control_symbols=["<c>"], user_defined_symbols=["<u>"])
+    model = read_chinese(path)
+    assert model == read_model(path)
+    assert {CONTROL, USER_DEFINED, NORMAL} <= {piece.type for piece in model.pieces}
+
+
+@pytest.mark.parametrize("name", ["text.model", "tokenizer.json"])
+def test_a_text_file_is_no_chinese_model_and_no_base(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("中国的首都是北京。\n" * 50, encoding="utf-8")
+    for read in (read_chinese, read_base):
+        with pytest.raises(BadFile, match="is not a SentencePiece model"):
+            read(tmp_path / name)
 
 
 def test_a_llama_like_base_is_read(tmp_path: Path, base: Path) -> None:
@@ -121,3 +177,27 @@ def test_encoder_with_and_without_the_dummy_prefix(base: Path) -> None:
     assert encoder(model).encode("the", out_type=str) == [SPACE + "the"]
     assert not encoder(model, dummy_prefix=False).encode("the", out_type=str)[0].startswith(SPACE)
     assert model.SerializeToString() == before, "the model itself must not change"
+
+
+def test_new_scores_lie_below_the_base_and_stay_distinct() -> None:
+    base = tiny.base_tokenizer()
+    pieces = [chr(0x4E00 + number) for number in range(20_000)]
+    model = add_pieces(base, pieces)
+    old, new = model.pieces[: -len(pieces)], model.pieces[-len(pieces) :]
+    ranking = [piece.score for piece in old if piece.type == NORMAL]
+    assert max(piece.score for piece in new) < min(ranking)
+    assert all(a.score > b.score for a, b in pairwise(new))
+    assert list(old) == list(base.pieces)
+    assert [piece.piece for piece in new] == pieces
+
+
+def test_whitespace_runs_do_not_push_the_scores_down() -> None:
+    """LLaMA's whitespace runs score -1e9, where float32 cannot tell whole numbers apart."""
+    model = tiny.base_tokenizer()
+    before = first_free_score(model)
+    model.pieces.add(piece=SPACE * 9, score=-1e9, type=NORMAL)
+    assert first_free_score(model) == before
+
+
+def test_the_first_free_score_of_llama(data: Path) -> None:
+    assert first_free_score(read_base(data / "tokenizers" / "llama")) == -31741.0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chinese_llama.vocab.scripts import CHINESE, RANGES, RUN, is_chinese
+from chinese_llama.vocab.scripts import CHINESE, LETTERS, MARKS, RANGES, RUN, SHARED, is_chinese
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,30 @@ def test_chinese_pieces(piece: str) -> None:
 def test_pieces_with_anything_else_are_not(piece: str) -> None:
     """Full-width letters and digits, the ideographic space, curly quotes: spelt as by the base."""
     assert not is_chinese(piece)
+
+
+@pytest.mark.parametrize("piece", ["。”", "“中", "中…", "‘中’", "——《", "……。", "中·国", "·中", "”——“中"])
+def test_marks_shared_with_english_stand_beside_chinese_characters(piece: str) -> None:
+    assert is_chinese(piece)
+
+
+@pytest.mark.parametrize(
+    "piece", ["”", "“”", "——", "……", "‘a’", "“中a", "…1。", "。” ", "”\u3000。", "“２”中"]
+)
+def test_shared_marks_alone_and_beside_others_are_not(piece: str) -> None:
+    assert not is_chinese(piece)
+
+
+@settings(max_examples=200, deadline=None)
+@given(piece=st.text(alphabet=f"中の，。{SHARED}a1 \n▁２\u3000", max_size=6))
+def test_a_piece_is_chinese_and_shared_marks_with_at_least_one_chinese_character(piece: str) -> None:
+    chinese = [character for character in piece if CHINESE.match(character)]
+    assert is_chinese(piece) == (bool(chinese) and all(c in SHARED for c in piece if c not in chinese))
+
+
+def test_letters_and_marks_are_apart_and_together_all_ranges() -> None:
+    assert sorted((*LETTERS, *MARKS)) == list(RANGES)
+    assert not any(CHINESE.search(mark) for mark in SHARED)
 
 
 def test_ranges_are_sorted_and_apart() -> None:

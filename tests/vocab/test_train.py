@@ -9,9 +9,10 @@ import pytest
 from chinese_llama.artifacts import read_manifest
 from chinese_llama.directories import MANIFEST
 from chinese_llama.errors import BadFile, OutputExists, UserError
+from chinese_llama.vocab.corpus import LONGEST, clauses
 from chinese_llama.vocab.proto import NORMAL, encoder, read_model
-from chinese_llama.vocab.scripts import is_chinese
-from chinese_llama.vocab.train import LONGEST_RUN, MODEL, train_vocab
+from chinese_llama.vocab.scripts import SHARED, is_chinese
+from chinese_llama.vocab.train import MODEL, train_vocab
 from tests import tiny
 
 
@@ -22,19 +23,23 @@ def pieces(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_pieces_hold_chinese_only(work: Path, tmp_path: Path, model_type: str) -> None:
-    """Spaces, digits and Latin letters of the corpus never reach the trainer."""
+    """Spaces, digits and Latin letters of the corpus never reach the trainer; of marks that English has
+    too, those beside a Chinese character do."""
     mixed = tiny.write_texts(tmp_path / "mixed.jsonl", [f"Hello {text} 2023 年 GDP" for text in tiny.CHINESE])
     manifest = train_vocab([mixed, work / "en.jsonl"], tmp_path / "out", 100, model_type)
     found = pieces(tmp_path / "out")
     assert found
-    assert all(is_chinese(piece) for piece in found)
+    assert all(is_chinese(character) or character in SHARED for character in "".join(found))
+    assert all(is_chinese(piece) for piece in found if not set(piece) <= set(SHARED))
     assert {"，", "。", "！"} <= set(found), "full-width punctuation is not normalised away"
     assert manifest.vocab_size == len(read_model(tmp_path / "out" / MODEL).pieces) <= 100
 
 
 def test_frequent_words_become_pieces(chinese_sp: Path) -> None:
-    assert {"中国", "北京", "图书馆"} <= set(pieces(chinese_sp.parent))
-    assert encoder(read_model(chinese_sp)).encode("图书馆", out_type=str) == ["图书馆"]
+    assert {"中国", "北京", "越来越", "图书馆在"} <= set(pieces(chinese_sp.parent)), (
+        "在 always follows 图书馆"
+    )
+    assert encoder(read_model(chinese_sp)).encode("图书馆在", out_type=str) == ["图书馆在"]
 
 
 def test_the_manifest_says_what_was_read(work: Path, chinese_sp: Path) -> None:
@@ -42,7 +47,7 @@ def test_the_manifest_says_what_was_read(work: Path, chinese_sp: Path) -> None:
     assert manifest is not None
     assert (manifest.kind, manifest.command) == ("sentencepiece", "train-vocab")
     assert manifest.settings == {"vocab_size": 160, "model_type": "bpe"}
-    assert manifest.metrics["characters"] == sum(is_chinese(c) for text in tiny.CHINESE for c in text)
+    assert manifest.metrics["characters"] == sum(len(c) for text in tiny.CHINESE for c in clauses(text))
     assert manifest.inputs["corpus:0"]["path"] == str(work / "zh.jsonl")
 
 
@@ -57,11 +62,25 @@ def test_a_small_corpus_gives_fewer_pieces(work: Path, tmp_path: Path) -> None:
     assert 100 < manifest.vocab_size < 1000
 
 
+def test_a_mark_and_what_follows_it_may_be_one_piece_with_marks_that_english_has_too(
+    chinese_sp: Path,
+) -> None:
+    found = pieces(chinese_sp.parent)
+    assert any("”" in piece and is_chinese(piece) for piece in found)
+
+
+def test_records_of_any_kind_are_read(work: Path, tmp_path: Path) -> None:
+    """A vocabulary looks at characters only: an instruction and its answer will do."""
+    manifest = train_vocab([work / "ins.jsonl"], tmp_path / "out", 40)
+    assert manifest.metrics["characters"] == 8 * len("中国的首都是哪里？北京。写出反义词。大小。")
+    assert set("首都反义词") <= set("".join(pieces(tmp_path / "out")))
+
+
 def test_a_long_run_without_punctuation_is_not_lost(tmp_path: Path) -> None:
     """SentencePiece drops long "sentences" without a word."""
-    corpus = tiny.write_texts(tmp_path / "long.jsonl", ["天地玄黄" * LONGEST_RUN])
+    corpus = tiny.write_texts(tmp_path / "long.jsonl", ["天地玄黄" * LONGEST])
     manifest = train_vocab([corpus], tmp_path / "out", 30)
-    assert manifest.metrics["characters"] == 4 * LONGEST_RUN
+    assert manifest.metrics["characters"] == 4 * LONGEST
     assert set("天地玄黄") <= set(pieces(tmp_path / "out"))
 
 
@@ -97,7 +116,8 @@ def test_too_few_pieces_for_the_characters_asks_for_more(work: Path, tmp_path: P
     ("name", "content", "message"),
     [
         ("bad.jsonl", '{"text": "中国的首都"}\n{"text": \n', r"bad\.jsonl, line 2: is not valid JSON"),
-        ("bad.jsonl", '{"content": "中国"}\n', r"bad\.jsonl, line 1: has no field 'text'"),
+        ("bad.jsonl", '{"content": 3}\n', r"bad\.jsonl, line 1: has no field with text \(found: content\)"),
+        ("bad.jsonl", '{"text": 3}\n', r"bad\.jsonl, line 1: the field 'text' is not text"),
         ("empty.txt", "", r"empty\.txt: holds no text"),
         ("table.csv", "中国", r"table\.csv: unknown format"),
     ],
