@@ -23,9 +23,10 @@ def clauses(text: str) -> Iterator[str]:
     """The Chinese of `text` in order, in the runs within which pieces are learnt: letters, which one
     mark may lead (as in ，但是; the pre-tokenizers of GPT-4, Llama-3 and Qwen do the same), or marks."""
     for clause in CLAUSE.findall(text):
-        if CHINESE.search(clause):
-            for start in range(0, len(clause), LONGEST):
-                yield clause[start : start + LONGEST]
+        for start in range(0, len(clause), LONGEST):
+            part = clause[start : start + LONGEST]
+            if CHINESE.search(part):
+                yield part
 
 
 @dataclass

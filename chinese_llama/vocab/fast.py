@@ -89,9 +89,11 @@ def merges(model: model_pb2.ModelProto) -> list[tuple[str, str]]:
     ranked = sorted(ids, key=lambda piece: (-model.pieces[ids[piece]].score, ids[piece]))
     pairs: list[tuple[str, str]] = []
     for piece in ranked:
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [split for split in splits if split[0] in ids and split[1] in ids]
-        pairs += sorted(known, key=lambda split: (ids[split[0]], ids[split[1]]))
+        cuts = [cut for cut in range(1, len(piece)) if piece[:cut] in ids and piece[cut:] in ids]
+        splits = [(piece[:cut], piece[cut:]) for cut in cuts]
+        if len(splits) > 1:
+            splits.sort(key=lambda split: (ids[split[0]], ids[split[1]]))
+        pairs += splits
     return pairs
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-LONGEST_PIECE = 16  # characters
+LONGEST_PIECE = 16  # characters: nothing is joined to this length; a piece of the base counts as one
 BATCH = 200_000  # characters handed to the trainer at once
 PRIVATE = 0xF0000  # characters that stand for pieces of the base while others are learnt
 

@@ -25,6 +25,7 @@ _STARTS = numpy.array([bound for low, high, _ in _BLOCKS for bound in (low, high
 _KINDS = numpy.array([kind for _, _, script in _BLOCKS for kind in (script, OTHER)])
 
 
+Row = tuple[Any, Any]  # how many ids each text has, and all ids in one row
 Encoded = tuple[list[list[int]], numpy.ndarray, int]  # ids, bytes of each id, bytes put before a text
 
 
@@ -59,8 +60,9 @@ class Lengths:
         for, and the bytes that it puts before a text (1 for LLaMA's dummy prefix)."""
         sizes = numpy.array([len(text.encode()) for text in texts], dtype=int)
         whole: Any = numpy.ones(len(texts), dtype=bool)
-        for name, (ids, lengths, prefix) in encoded.items():
-            counts, flat = _flat(ids)
+        rows = {name: _row(ids) for name, (ids, _, _) in encoded.items()}
+        for name, (_, lengths, prefix) in encoded.items():
+            counts, flat = rows[name]
             tokens = self.tokens.setdefault(name, Tokens())
             tokens.total += len(flat)
             tokens.used = tokens.used + numpy.bincount(flat, minlength=len(lengths))
@@ -72,10 +74,12 @@ class Lengths:
         if not whole.all():
             kept = numpy.flatnonzero(whole).tolist()
             texts, sizes = [texts[index] for index in kept], sizes[kept]
-            encoded = {n: ([e[0][index] for index in kept], e[1], e[2]) for n, e in encoded.items()}
-        self._by_script(texts, sizes, encoded)
+            rows = {name: _row([ids[index] for index in kept]) for name, (ids, _, _) in encoded.items()}
+        self._by_script(texts, sizes, encoded, rows)
 
-    def _by_script(self, texts: Sequence[str], sizes: Any, encoded: Mapping[str, Encoded]) -> None:
+    def _by_script(
+        self, texts: Sequence[str], sizes: Any, encoded: Mapping[str, Encoded], rows: Mapping[str, Row]
+    ) -> None:
         code = numpy.frombuffer("".join(texts).encode("utf-32-le"), dtype=numpy.uint32)
         script = script_of(code)
         self.by_script = self.by_script + numpy.bincount(script, minlength=len(SCRIPTS))
@@ -84,8 +88,8 @@ class Lengths:
         of_byte: Any = numpy.repeat(script, width)
         before = numpy.concatenate([[0], numpy.cumsum(numpy.repeat(code > 0x7F, width))])  # non-ASCII bytes
         first = numpy.cumsum(sizes) - sizes  # byte of each text, in the joined bytes
-        for name, (ids, lengths, prefix) in encoded.items():
-            counts, flat = _flat(ids)
+        for name, (_, lengths, prefix) in encoded.items():
+            counts, flat = rows[name]
             text: Any = numpy.repeat(numpy.arange(len(texts)), counts)
             end = numpy.cumsum(lengths[flat]) - prefix * (text + 1)
             start = numpy.maximum(end - lengths[flat], first[text])
@@ -97,7 +101,7 @@ class Lengths:
             tokens.non_ascii += int((before[end] > before[start]).sum())
 
 
-def _flat(ids: list[list[int]]) -> tuple[Any, Any]:
+def _row(ids: list[list[int]]) -> Row:
     """The number of ids of each text, and all of them in one row."""
     counts = numpy.array([len(one) for one in ids], dtype=int)
     return counts, numpy.fromiter(chain.from_iterable(ids), dtype=numpy.int64, count=int(counts.sum()))
@@ -118,7 +122,6 @@ def figures(lengths: Lengths) -> dict[str, Any]:
         "documents": lengths.documents,
         "characters": lengths.characters,
         "bytes": lengths.bytes,
-        "non_ascii_characters": lengths.non_ascii,
     }
     for name, tokens in lengths.tokens.items():
         prefix = f"{name}_" if name else ""

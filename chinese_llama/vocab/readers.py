@@ -132,11 +132,11 @@ def fast_reader(file: Path, same: Reader | None = None) -> Reader:
 def _spelling(content: dict[str, Any]) -> tuple[Callable[[str], bytes | None], int]:
     """How pieces of a tokenizer.json spell bytes (None: they do not, as in WordPiece), and how many bytes
     it puts before a text."""
-    steps = json.dumps([content["normalizer"], content["pre_tokenizer"]])
+    steps = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
     if '"ByteLevel"' in steps:
         spaced = '"add_prefix_space": true' in steps
         return lambda piece: piece_bytes(piece), int(spaced)
-    if '"Metaspace"' in steps or SPACE in str(content["normalizer"]):
+    if '"Metaspace"' in steps or SPACE in str(content.get("normalizer")):
         spaced = '"Prepend"' in steps or '"prepend_scheme": "always"' in steps or '"first"' in steps
         return _marked_bytes, int(spaced)
     return lambda piece: None, 0

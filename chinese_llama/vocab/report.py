@@ -54,7 +54,8 @@ def summary(told: dict[str, Any]) -> str:
     """The report in some lines for a terminal."""
     size, base = told["vocab_size"], told["base_vocab_size"]
     dead = told["checks"]["dead"] if "checks" in told else told["dead"]
-    lines = [f"{base:,} + {size - base:,} = {size:,} pieces" if base else f"{size:,} pieces"]
+    grown = base and size > base
+    lines = [f"{base:,} + {size - base:,} = {size:,} pieces" if grown else f"{size:,} pieces"]
     lines[0] += f", {len(dead):,} dead"
     lines[0] += f", {len(told['unused']):,} unused here." if "unused" in told else "."
     for name, figures in sets(told).items():
@@ -79,17 +80,18 @@ def markdown(told: dict[str, Any], hidden: int | None = None) -> str:
 def _blocks(told: dict[str, Any], hidden: int | None) -> Iterator[str]:
     size, base = told["vocab_size"], told["base_vocab_size"]
     yield "# Vocabulary report"
-    if base:
+    if base and size > base:
         yield f"{base:,} pieces of the base + {size - base:,} = **{size:,}**. {_source(told)}"
     else:
-        yield f"`{told['tokenizer']}`: **{size:,}** pieces."
+        beside = f" Compared with `{told['base']}`: {base:,} pieces." if base else ""
+        yield f"`{told['tokenizer']}`: **{size:,}** pieces.{beside}"
     yield "## Length of texts\n\n" + _lengths(sets(told))
     for name, figures in sets(told).items():
         yield f"### By script: {name}\n\n" + _scripts(figures)
     yield "## Faults\n\n" + _faults(told)
     if "curve" in told:
         yield f"## Size\n\nMeasured on {told['curve_on']}; each row of the table is a vocabulary whose pieces are those most worth having.\n\n{_curve(told, hidden)}"
-    if base:
+    if base and size > base:
         yield "## Price and saving\n\n" + _price(told, hidden)
     yield _lists(told)
 

@@ -64,7 +64,7 @@ def select(
     """At most `most` pieces (None: as many as the Chinese model offers) that are worth adding to `base`.
 
     `corpus` counts clauses; a piece that the encoder uses fewer than `min_count` times on them is left
-    out. Pieces with a character that is not Chinese are dropped, so text without Chinese is tokenised
+    out, unless another is joined from it. Pieces with a character that is not Chinese are dropped, so text without Chinese is tokenised
     as before; a leading space mark is taken off, since no new piece holds one.
     """
     selection = Selection([])

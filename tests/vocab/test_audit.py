@@ -397,3 +397,11 @@ def test_the_reference_changes_english_and_the_audit_says_so(data: Path, tmp_pat
     report = merge.extend_vocab(folder / "llama", folder / "chinese_sp.model", tmp_path / "out", "reference")
     assert report["checks"]["changed"] > 0
     assert report["checks"]["disagreements"] > 0
+
+
+def test_a_base_larger_than_the_tokenizer_is_only_compared_with(
+    base: Path, tokenizer: Path, work: Path
+) -> None:
+    told = audit_vocab(base, [work / "zh.jsonl"], tokenizer)
+    assert report.summary(told).startswith(f"{told['vocab_size']:,} pieces, ")
+    assert f"Compared with `{tokenizer}`: {told['base_vocab_size']:,} pieces." in report.markdown(told)

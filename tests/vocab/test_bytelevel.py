@@ -459,3 +459,12 @@ def test_a_base_that_cannot_spell_chinese_in_merges_says_so(tmp_path: Path, chin
         assert "already extended" not in str(error), "that is not what is wrong here"
     else:
         assert told["new_pieces"] > 50
+
+
+def test_a_pad_token_that_texts_hold_as_a_word_is_refused(chinese_sp: Path, tmp_path: Path) -> None:
+    """Llama-3 looks a whole word up before it merges, so "pad" in a text would become the control id."""
+    base = tiny.write_byte_level(tmp_path / "base", tiny.byte_level("llama3"))
+    with pytest.raises(UserError, match=r"breaks its contract: .* 'pad'"):
+        extend_vocab(base, chinese_sp, tmp_path / "out", pad_token="pad")
+    assert not (tmp_path / "out").exists()
+    extend_vocab(base, chinese_sp, tmp_path / "out", pad_token="<pad>")

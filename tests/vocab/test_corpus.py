@@ -46,6 +46,10 @@ def test_a_long_clause_is_cut_and_nothing_of_it_is_lost(times: int, unit: str) -
     assert 0 < len(found[-1]) <= LONGEST
 
 
+def test_a_cut_leaves_no_clause_without_a_chinese_character() -> None:
+    assert all(CHINESE.search(clause) for clause in clauses("。" + "…" * 2 * LONGEST + "。"))
+
+
 @pytest.mark.parametrize("text", ["", "the 2023 price", "“Well,” she said—…", "한국어 １２ ＡＢ", "▁ \n😀"])
 def test_text_without_chinese_has_no_clauses(text: str) -> None:
     assert list(clauses(text)) == []

@@ -253,7 +253,6 @@ def test_figures_are_the_sums_and_their_ratios() -> None:
         "documents": 3,
         "characters": 13,
         "bytes": 23,
-        "non_ascii_characters": 5,
         "tokens": tokens,
         "characters_per_token": 13 / tokens,
         "bytes_per_token": 23 / tokens,

@@ -45,6 +45,7 @@ def test_both_files_of_a_directory_are_read(tokenizer: Path) -> None:
     assert model.pieces == fast.pieces == [p.piece for p in read_model(tokenizer / "tokenizer.model").pieces]
     assert model.encode(list(PROBES)) == fast.encode(list(PROBES))
     assert model.encode is not fast.encode
+    assert model.encode(["", "a"])[0] == fast.encode(["", "a"])[0] == []
 
 
 def test_a_model_file_brings_the_json_file_beside_it(tokenizer: Path, tmp_path: Path) -> None:
@@ -145,6 +146,17 @@ def test_ids_that_no_piece_has_are_empty(byte_level: Path, tmp_path: Path) -> No
     assert reader.pieces[ids[last] - 5 : ids[last]] == [""] * 5
     assert reader.pieces[ids[last]] == last
     assert not set(range(ids[last] - 5, ids[last])) & set(reader.normal)
+
+
+@pytest.mark.parametrize("left_out", ["normalizer", "pre_tokenizer", "post_processor", "added_tokens"])
+def test_a_json_file_may_leave_out_what_the_library_does_not_need(
+    byte_level: Path, tmp_path: Path, left_out: str
+) -> None:
+    content = json.loads((byte_level / "tokenizer.json").read_text(encoding="utf-8"))
+    del content[left_out]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    reader, _ = open_readers(tmp_path)
+    assert reader.pieces.index("a") == open_readers(byte_level)[0].pieces.index("a")
 
 
 @pytest.fixture(params=["unigram", "bpe"])
