@@ -40,6 +40,10 @@ class Manifest:
     tool: str = f"chinese_llama {__version__}"
     created: str = ""
 
+    def places(self) -> list[str]:
+        """Where the inputs lie."""
+        return [record["path"] for record in self.inputs.values()]
+
 
 def read_manifest(directory: Path) -> Manifest | None:
     """The manifest of `directory`, None where there is none. Raises BadFile if it is damaged."""

@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from chinese_llama.errors import OutputExists, UserError
@@ -21,8 +21,8 @@ MANIFEST = "chinese_llama.json"  # what marks a directory as a result of this to
 def check_output(target: Path, force: bool) -> None:
     """Raise OutputExists if `target` is there (an empty directory is not), unless `force`.
 
-    With `force`, what may be replaced is a result of this tool or a directory of files only, never
-    the current directory or one above it.
+    With `force`, what may be replaced is a result of this tool (its manifest says so), never the current
+    directory or one above it.
     """
     try:
         target.lstat()
@@ -38,20 +38,31 @@ def check_output(target: Path, force: bool) -> None:
         raise OutputExists(f"{target} exists; --force replaces it, or give another output directory.")
     ours = (target / MANIFEST).is_file()
     here = Path.cwd().is_relative_to(target.resolve())
-    if here or not (ours or all(path.is_file() for path in target.iterdir())):
+    if here or not ours:
         raise OutputExists(
-            f"{target} holds more than a result of this tool; remove it yourself, or give another output."
+            f"{target} is no result of this tool, which --force would replace; remove it yourself, or give "
+            "another output."
         )
 
 
+def check_apart(target: Path, inputs: Iterable[Path | str]) -> None:
+    """Raise UserError if `target` is one of the `inputs` or holds one: it would be replaced by what is
+    made from it."""
+    whole = Path(target).resolve()
+    for given in inputs:
+        if Path(given).resolve().is_relative_to(whole):
+            raise UserError(f"{target} is or holds an input of this command ({given}); give another output.")
+
+
 @contextlib.contextmanager
-def new_directory(target: Path, force: bool = False) -> Iterator[Path]:
+def new_directory(target: Path, force: bool = False, inputs: Iterable[Path | str] = ()) -> Iterator[Path]:
     """A directory to write into that becomes `target` when the block ends, or vanishes if it fails.
 
-    Raises OutputExists (see `check_output`) and UserError where nothing can be written. A target
+    Raises OutputExists (see `check_output`), UserError if it would replace one of the `inputs`, and UserError where nothing can be written. A target
     that `force` replaces stays until the new one is complete.
     """
     target = Path(os.path.abspath(target))
+    check_apart(target, inputs)
     check_output(target, force)
     created = _make_parents(target)
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"

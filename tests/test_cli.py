@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from typer.main import get_command
 
 from chinese_llama import cli, commandline, workspace
+from chinese_llama.directories import MANIFEST
 from chinese_llama.vocab.train import MODEL
 from tests import test_errors, tiny
 from tests.test_errors import adapter, sentence, tree
@@ -130,7 +132,9 @@ def test_outputs_are_whole_or_not_at_all(
         assert "cannot be written" in sentence(run(*making[command], "--output", output))
     assert "is a file" in sentence(run(*making[command], "--output", "file"))
     assert "mine exists; --force replaces it" in sentence(run(*making[command], "--output", "mine"))
+    assert "mine is no result of this tool" in sentence(run(*making[command], "--output", "mine", "--force"))
     assert tree(tmp_path) == before
+    (tmp_path / "mine" / MANIFEST).write_text('{"kind": "x", "command": "x"}')
     assert run(*making[command], "--output", "mine", "--force")[0] == 0
     assert not (tmp_path / "mine" / "notes").exists()
     manifest = json.loads((tmp_path / "mine" / "chinese_llama.json").read_text(encoding="utf-8"))
@@ -247,3 +251,19 @@ def test_a_wrong_base_is_told_before_anything_is_made(
     for command in ("extend-model", "extend-vocab"):
         assert "nope" in sentence(run(command, "--base", "./nope"))
     assert not (tmp_path / "work").exists()
+
+
+def test_no_command_replaces_what_it_reads(
+    base: Path, chinese_sp: Path, work: Path, tmp_path: Path, run: Run
+) -> None:
+    """The base, the corpus: whatever is given as the output too, even with --force."""
+    own = shutil.copytree(base, tmp_path / "base")
+    (own / MANIFEST).write_text('{"kind": "model", "command": "quickstart"}')
+    before = sorted((file.name, file.read_bytes()) for file in own.iterdir())
+    for argv in (
+        ["extend-vocab", "--base", own, "--chinese-sp", chinese_sp],
+        ["extend-vocab", "--base", own / "tokenizer.model", "--chinese-sp", chinese_sp],
+        ["extend-model", "--base", own, "--tokenizer", work / "tokenizer"],
+    ):
+        assert "is or holds an input" in sentence(run(*argv, "--output", own, "--force"))
+    assert sorted((file.name, file.read_bytes()) for file in own.iterdir()) == before

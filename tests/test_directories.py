@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from chinese_llama.directories import new_directory, write_text
+from chinese_llama.directories import MANIFEST, new_directory, write_text
 from chinese_llama.errors import OutputExists, UserError
 
 DEAD = 2**22 + 1  # above the largest process id that Linux gives
@@ -20,6 +20,7 @@ DEAD = 2**22 + 1  # above the largest process id that Linux gives
 def make(target: Path, text: str = "new", force: bool = False) -> None:
     with new_directory(target, force) as partial:
         (partial / "file").write_text(text)
+        (partial / MANIFEST).write_text("{}")
 
 
 def names(folder: Path) -> list[str]:
@@ -66,7 +67,7 @@ def test_force_replaces_the_whole(tmp_path: Path) -> None:
     make(tmp_path / "a", "old")
     (tmp_path / "a" / "extra").write_text("x")
     make(tmp_path / "a", "new", force=True)
-    assert names(tmp_path / "a") == ["file"]
+    assert names(tmp_path / "a") == [MANIFEST, "file"]
     assert (tmp_path / "a" / "file").read_text() == "new"
     assert names(tmp_path) == ["a"]
 
@@ -82,7 +83,7 @@ def test_force_through_a_link_leaves_nothing_beside(tmp_path: Path) -> None:
 def test_an_empty_directory_is_written_and_a_file_is_not(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     make(tmp_path / "b")
-    assert names(tmp_path / "b") == ["file"]
+    assert names(tmp_path / "b") == [MANIFEST, "file"]
     (tmp_path / "a").write_text("mine")
     with pytest.raises(OutputExists, match="a is a file; give a directory that does not exist yet"):
         make(tmp_path / "a")
@@ -165,16 +166,37 @@ def test_force_does_not_replace_what_is_not_a_result(tmp_path: Path, monkeypatch
     (tmp_path / "mine" / "deeper").mkdir(parents=True)
     (tmp_path / "mine" / "deeper" / "thesis.txt").write_text("x")
     with (
-        pytest.raises(OutputExists, match="holds more than a result of this tool"),
+        pytest.raises(OutputExists, match="is no result of this tool, which --force would replace"),
         new_directory(tmp_path / "mine", force=True),
     ):
         pass
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "file").write_text("x")
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(OutputExists, match="holds more"), new_directory(tmp_path / "here", force=True):
+    with (
+        pytest.raises(OutputExists, match="is no result of this tool"),
+        new_directory(tmp_path / "here", force=True),
+    ):
         pass
     assert (tmp_path / "mine" / "deeper" / "thesis.txt").read_text() == "x"
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "thesis.txt").write_text("x")
+    with pytest.raises(OutputExists, match="is no result"), new_directory(tmp_path / "flat", force=True):
+        pass
+    assert (tmp_path / "flat" / "thesis.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("given", ["a", "a/file", "a/../a", "link/file"])
+def test_an_output_never_replaces_its_own_input(tmp_path: Path, given: str) -> None:
+    """Not even a result of this tool, and not with --force."""
+    make(tmp_path / "a", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    with (
+        pytest.raises(UserError, match="is or holds an input of this command"),
+        new_directory(tmp_path / "a", force=True, inputs=[tmp_path / given]),
+    ):
+        pass
+    assert (tmp_path / "a" / "file").read_text() == "old"
 
 
 def test_leftovers_of_another_output_with_a_longer_name_stay(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def merge(
     base_manifest = read_manifest(base)
     if base_manifest and "base_vocab_size" in base_manifest.metrics:
         manifest.metrics["base_vocab_size"] = base_manifest.metrics["base_vocab_size"]
-    with new_directory(output, force) as partial:
+    with new_directory(output, force, manifest.places()) as partial:
         copy_other_files(base, partial)
         copy_tokenizer(tokenizer, partial)
         config = {**source.config(), "vocab_size": rows}

@@ -58,7 +58,7 @@ def extend_model(
     parts = decompose(tokenizer, reader, old_size, rows)
     names = [name for name in (EMBED, HEAD) if name in source]
     changes = {name: _grown(source, name, old_size, rows, init, parts) for name in names}
-    with new_directory(output, force) as partial:
+    with new_directory(output, force, manifest.places()) as partial:
         copy_other_files(base, partial)
         copy_tokenizer(tokenizer, partial)
         config = {**source.config(), "vocab_size": rows}

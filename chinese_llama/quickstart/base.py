@@ -72,7 +72,7 @@ def make_base(corpus: Path, output: Path, force: bool = False) -> Manifest:
     )
     if stands(output, manifest, force):
         return read_manifest(output) or manifest
-    with new_directory(output, force) as partial:
+    with new_directory(output, force, manifest.places()) as partial:
         proto = english_tokenizer(corpus)
         write_tokenizer(partial, proto, None)
         with tempfile.TemporaryDirectory() as directory:

@@ -30,7 +30,7 @@ from chinese_llama.artifacts import (
 )
 from chinese_llama.data.formats import corpus_files
 from chinese_llama.data.mixture import Source, dataset, sources
-from chinese_llama.directories import check_output, new_directory, write_text
+from chinese_llama.directories import check_apart, check_output, new_directory, write_text
 from chinese_llama.errors import DoesNotFit, Interrupted, UserError
 from chinese_llama.merging.plan import Adapter, check_lineage, resolve
 from chinese_llama.model.adapters import bake, merged_changes, read_tensors
@@ -67,6 +67,7 @@ def run(recipe: Recipe[Any], length: int, blocks: Blocks, settings: dict[str, An
     found = sources(fields.data)
     _settle_dtype(recipe)
     manifest = _manifest(recipe, found, adapters, settings)
+    check_apart(output, manifest.places())
     if recipe.keep and stands(output, manifest, fields.force):
         say(f"{recipe.name}: {output} stands; --force trains it again.")
         return read_manifest(output) or manifest
@@ -278,7 +279,7 @@ def _save(trainer: Trainer, model: Any, recipe: Recipe[Any], manifest: Manifest,
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise UserError(f"{name} is no longer finite; lower learning_rate, or train in float32.")
-    with new_directory(output, fields.force) as partial:
+    with new_directory(output, fields.force, manifest.places()) as partial:
         model.save_pretrained(str(partial), save_embedding_layers=False)
         copy_tokenizer(Path(fields.tokenizer_name_or_path or fields.model_name_or_path), partial)
         if template := manifest.settings.get("chat_template"):

@@ -12,7 +12,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from chinese_llama.artifacts import Keep, Manifest, input_record, read_manifest, stands, write_manifest
-from chinese_llama.directories import check_output, new_directory
+from chinese_llama.directories import check_apart, check_output, new_directory
 from chinese_llama.errors import BadFile, UserError
 from chinese_llama.resources import shipped
 from chinese_llama.vocab import audit, report
@@ -85,10 +85,11 @@ def extend_vocab(
         },
         settings={"policy": policy, "pad_token": pad_token, "size": size, "min_count": min_count},
     )
+    check_apart(output, manifest.places())
     if keep and stands(output, manifest, force, keep):
         return report.read(output)
     counted = read_corpus(list(corpus)) if corpus else None
-    with new_directory(output, force) as partial:
+    with new_directory(output, force, manifest.places()) as partial:
         selection = None
         if policy == "strict":
             room = None if size is None else size - opened.size - bool(pad_token)

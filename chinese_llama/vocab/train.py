@@ -51,7 +51,7 @@ def train_vocab(
     )
     if keep and stands(output, manifest, force, keep):
         return read_manifest(output) or manifest
-    with new_directory(output, force) as partial:
+    with new_directory(output, force, manifest.places()) as partial:
         counter = {"characters": 0}
         (partial / MODEL).write_bytes(_train(corpus, vocab_size, model_type, counter))
         processor = sentencepiece.SentencePieceProcessor(model_file=str(partial / MODEL))
