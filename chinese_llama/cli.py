@@ -139,8 +139,8 @@ def extend_vocab(
     chinese_sp: Annotated[
         Path | None,
         typer.Option(
-            help="A Chinese SentencePiece model.",
-            show_default="the workspace's; else the 20k that come along",
+            help="A Chinese SentencePiece model; 20k and 8k come along.",
+            show_default="the workspace's; else 20k",
         ),
     ] = None,
     output: Output = None,

@@ -43,7 +43,7 @@ def trained_vocab(workspace: Workspace, given: Options, force: bool) -> tuple[Pa
 def extended_tokenizer(workspace: Workspace, given: Options, force: bool) -> tuple[Path, dict[str, Any]]:
     """Run `extend-vocab` likewise; return the directory and its report."""
     from chinese_llama.vocab.bases import open_base
-    from chinese_llama.vocab.merge import extend_vocab
+    from chinese_llama.vocab.merge import SHIPPED, extend_vocab
     from chinese_llama.vocab.train import MODEL
 
     section = workspace.settings.extend_vocab
@@ -60,7 +60,7 @@ def extended_tokenizer(workspace: Workspace, given: Options, force: bool) -> tup
             open_base(options["base"])  # complain about the base before anything is made for it
             options["chinese_sp"] = first(trained_vocab, workspace) / MODEL
         else:
-            options["chinese_sp"] = workspace.path(own) if own else None
+            options["chinese_sp"] = workspace.path(own) if own and own not in SHIPPED else own
     return options["output"], extend_vocab(**options, force=force)
 
 

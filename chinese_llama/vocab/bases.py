@@ -8,6 +8,7 @@ from typing import Protocol
 
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+from chinese_llama.errors import BadFile
 from chinese_llama.vocab.bytelevel import ByteLevelBase, Encode
 from chinese_llama.vocab.fast import write_tokenizer
 from chinese_llama.vocab.proto import (
@@ -32,9 +33,9 @@ class Base(Protocol):
     names: set[str]
     known: set[str]
 
-    def encode_with(self, pieces: Sequence[str]) -> Encode:
-        """An encoder (texts -> ids, without the dummy prefix) of the base with `pieces` added, in order
-        of rank below all that it has."""
+    def encode_with(self, pieces: Sequence[str], as_text: bool = False) -> Encode:
+        """An encoder (texts -> ids) of the base with `pieces` added, in order of rank below all that it
+        has. Without the dummy prefix, unless `as_text`."""
 
     def spell(self, words: Iterable[str]) -> dict[str, list[str]]:
         """The base's pieces of those words that do not fall into single characters."""
@@ -49,6 +50,10 @@ class Base(Protocol):
 def open_base(path: Path) -> Base:
     """The base at `path` (a directory or a file). Raises BadFile for one that cannot be extended."""
     path = Path(path)
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        raise BadFile(
+            path, "has neither tokenizer.model (SentencePiece BPE) nor tokenizer.json (byte-level BPE)."
+        )
     fast = path if path.name.endswith(".json") else path / "tokenizer.json"
     if fast.is_file() and not (path / "tokenizer.model").is_file():
         return ByteLevelBase(fast)
@@ -77,8 +82,8 @@ class SentencePieceBase:
         self.names = {piece.piece for piece in self.model.pieces}
         self.known = {piece.piece for piece in self.model.pieces if piece.type == NORMAL}
 
-    def encode_with(self, pieces: Sequence[str]) -> Encode:
-        return encoder(add_pieces(self.model, pieces, self.score), dummy_prefix=False).encode
+    def encode_with(self, pieces: Sequence[str], as_text: bool = False) -> Encode:
+        return encoder(add_pieces(self.model, pieces, self.score), dummy_prefix=as_text).encode
 
     def spell(self, words: Iterable[str]) -> dict[str, list[str]]:
         longer = (p.piece for p in self.model.pieces if p.type == NORMAL and len(p.piece) > 1)

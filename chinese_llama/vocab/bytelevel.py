@@ -89,7 +89,7 @@ class ByteLevelBase:
         self._alone: Encode | None = None
         self._texts = {index: piece for piece, index in {**vocab, **added}.items()}
 
-    def encode_with(self, pieces: Sequence[str]) -> Encode:
+    def encode_with(self, pieces: Sequence[str], as_text: bool = False) -> Encode:
         if pieces:
             return by_merges(self._extended(pieces))
         self._alone = self._alone or by_merges(self.json)

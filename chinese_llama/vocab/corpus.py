@@ -14,6 +14,7 @@ from chinese_llama.progress import say, track
 from chinese_llama.vocab.scripts import CHINESE, CLAUSE
 
 MOST = 2_000_000  # distinct clauses held: about 400 MB
+FEW = 100_000  # characters; fewer say little beside the Chinese model
 LONGEST = 200  # characters of a clause; a longer one is cut
 HELD_OUT = 50  # one document in so many is kept apart, to measure on
 MEASURED = 500_000  # characters of the documents kept apart
@@ -64,6 +65,9 @@ def read_corpus(files: list[Path], most: int = MOST, held_out: int = HELD_OUT) -
     if not corpus.counts:
         names = ", ".join(map(str, files))
         raise UserError(f"--corpus {names}: holds no Chinese characters; give text that does.")
+    characters = sum(len(clause) * count for clause, count in corpus.counts.items())
+    if characters < FEW:
+        say(f"the corpus holds only {characters:,} Chinese characters: it will change little.")
     if corpus.every > 1:
         say(f"the corpus is large: pieces are chosen on one document in {corpus.every}.")
     return corpus

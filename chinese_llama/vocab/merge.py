@@ -22,10 +22,11 @@ from chinese_llama.vocab.fast import write_tokenizer
 from chinese_llama.vocab.proto import NORMAL, read_chinese
 from chinese_llama.vocab.readers import Reader, open_readers
 from chinese_llama.vocab.select import Selection, select
+from chinese_llama.vocab.train import MODEL
 
 Readers = tuple[Reader, Reader, Reader | None]  # the base's, the new tokenizer's two
 POLICIES = ("strict", "reference")
-SHIPPED = "chinese_20k.model"
+SHIPPED = ("20k", "8k")  # the Chinese models that come along; the first where none is named
 POINTS = 8  # of the curve of length against size
 
 
@@ -60,7 +61,7 @@ def extend_vocab(
     "strict" adds only pieces of Chinese characters, ranked below all merges of the base, each proven
     to be producible; "reference" appends every missing piece with score 0, as Chinese-LLaMA did,
     which gives its published files to the byte. Without `chinese_sp`, the pieces that come with the
-    package are taken. With `corpus`, strict learns which pieces are worth their rows, leaving out those
+    package ("20k", or "8k" by name) are taken. With `corpus`, strict learns which pieces are worth their rows, leaving out those
     used fewer than `min_count` times there (other than parts of others); `size` is the most pieces that the finished tokenizer may
     have, the base's and the pad token included.
 
@@ -69,7 +70,11 @@ def extend_vocab(
     """
     opened = open_base(base)
     _check_extended(base)
-    chinese_sp = chinese_sp or shipped("vocab") / SHIPPED
+    if policy == "reference" and chinese_sp is None:
+        raise UserError(
+            "--policy reference needs --chinese-sp (published: Chinese-LLaMA's chinese_sp.model)."
+        )
+    chinese_sp = chinese_model(chinese_sp)
     chinese = read_chinese(chinese_sp)
     _check_options(opened, policy, corpus, size, min_count, pad_token)
     _check_pad(pad_token, opened, chinese)
@@ -104,6 +109,7 @@ def extend_vocab(
             "policy": policy,
             "base": str(base),
             "chinese_sp": str(chinese_sp),
+            "size": size,
             **_sizes(opened, readers[1], pad_token),
             "checks": _checks(readers, policy, pad_token, probe),
             **(_choice(opened, selection, counted) if selection else {}),
@@ -114,6 +120,16 @@ def extend_vocab(
         manifest.metrics = {key: told[key] for key in ("base_vocab_size", "new_pieces")}
         write_manifest(partial, manifest)
     return told
+
+
+def chinese_model(given: Path | None) -> Path:
+    """The file of a Chinese model: `given`, one that comes along ("20k", "8k"; None: the first), or what
+    train-vocab wrote into a directory."""
+    name = SHIPPED[0] if given is None else str(given)
+    if name in SHIPPED and not Path(name).exists():
+        return shipped("vocab") / f"chinese_{name}.model"
+    path = Path(name)
+    return path / MODEL if path.is_dir() else path
 
 
 def append_missing(base: model_pb2.ModelProto, chinese: model_pb2.ModelProto) -> model_pb2.ModelProto:
@@ -163,7 +179,7 @@ def _choice(base: Base, selection: Selection, counted: Corpus | None) -> dict[st
     curve = []
     for point in range(POINTS + 1):
         pieces = selection.first(len(selection.pieces) * point // POINTS)
-        tokens = sum(map(len, base.encode_with(pieces)(measured)))
+        tokens = sum(map(len, base.encode_with(pieces, as_text=True)(measured)))
         curve.append({"size": base.size + len(pieces), "characters_per_token": characters / max(1, tokens)})
     where = "documents kept apart from the corpus" if counted and counted.held_out else "the probe texts"
     return {

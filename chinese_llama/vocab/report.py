@@ -58,6 +58,8 @@ def summary(told: dict[str, Any]) -> str:
     lines = [f"{base:,} + {size - base:,} = {size:,} pieces" if grown else f"{size:,} pieces"]
     lines[0] += f", {len(dead):,} dead"
     lines[0] += f", {len(told['unused']):,} unused here." if "unused" in told else "."
+    if told.get("size") and size < told["size"]:
+        lines.append(f"  Fewer than the {told['size']:,} that --size allows: no more are offered.")
     for name, figures in sets(told).items():
         before = f"{figures['base_characters_per_token']:.3f} -> " if base else ""
         faults = [

@@ -201,7 +201,7 @@ def test_before_the_reference_extension_too(base: Path, chinese_sp: Path, tmp_pa
 
 
 def test_what_cannot_be_extended_is_named(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(BadFile, match=r"has no tokenizer\.model; a SentencePiece-BPE tokenizer"):
+    with pytest.raises(BadFile, match=r"has neither tokenizer\.model"):
         open_base(tmp_path)
     with pytest.raises(BadFile, match="gone: no such file"):
         open_base(tmp_path / "gone")

@@ -136,6 +136,8 @@ def test_memory_is_bounded_and_the_same_files_give_the_same_counts(tmp_path: Pat
 
 def test_a_large_corpus_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     read_corpus([lines(tmp_path / "small.txt", ["中国"])])
+    assert "holds only 2 Chinese characters" in capsys.readouterr().err
+    read_corpus([lines(tmp_path / "enough.txt", ["中国"] * 60_000)])
     assert capsys.readouterr().err == ""
     corpus = read_corpus([lines(tmp_path / "large.txt", of_one_length(100))], 50)
     assert f"pieces are chosen on one document in {corpus.every}." in capsys.readouterr().err

@@ -21,7 +21,7 @@ from chinese_llama.vocab.audit import dead_pieces
 from chinese_llama.vocab.merge import append_missing, extend_vocab
 from chinese_llama.vocab.proto import CONTROL, NORMAL, USER_DEFINED, read_base, read_chinese, read_model
 from chinese_llama.vocab.readers import open_readers
-from chinese_llama.vocab.report import PAGE, PICTURE, REPORT
+from chinese_llama.vocab.report import PAGE, PICTURE, REPORT, summary
 from chinese_llama.vocab.scripts import is_chinese
 from chinese_llama.vocab.select import Selection
 from tests import tiny
@@ -512,7 +512,7 @@ def test_the_page_and_the_picture_are_written(
 def test_without_a_chinese_model_the_shipped_pieces_are_taken(base: Path, tmp_path: Path) -> None:
     from chinese_llama.resources import shipped
 
-    own = shipped("vocab") / merge.SHIPPED
+    own = shipped("vocab") / f"chinese_{merge.SHIPPED[0]}.model"
     chinese = read_chinese(own)
     assert sum(piece.type == NORMAL for piece in chinese.pieces) > 15_000
     report = extend_vocab(base, None, tmp_path / "out", size=1500)
@@ -543,3 +543,20 @@ def test_a_changed_corpus_or_setting_is_noticed(base: Path, chinese_sp: Path, tm
     tiny.write_texts(corpus, tiny.CHINESE * 2)
     with pytest.raises(OutputExists, match="from another corpus:0 than"):
         extend_vocab(base, chinese_sp, tmp_path / "out", corpus=[corpus], size=480, keep=True)
+
+
+def test_chinese_models_that_come_along_have_names(base: Path, tmp_path: Path) -> None:
+    told = extend_vocab(base, Path("8k"), tmp_path / "out", size=800)
+    assert told["chinese_sp"].endswith("chinese_8k.model")
+    (tmp_path / "8k").mkdir()
+    assert merge.chinese_model(tmp_path / "8k") == tmp_path / "8k" / "chinese_sp.model"
+
+
+def test_the_reference_is_merged_from_a_model_that_is_named(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--policy reference needs --chinese-sp"):
+        extend_vocab(base, None, tmp_path / "out", policy="reference")
+
+
+def test_fewer_pieces_than_the_size_allows_are_told(base: Path, chinese_sp: Path, tmp_path: Path) -> None:
+    told = extend_vocab(base, chinese_sp, tmp_path / "out", size=90_000)
+    assert "Fewer than the 90,000 that --size allows" in summary(told)
