@@ -267,3 +267,27 @@ def test_no_command_replaces_what_it_reads(
     ):
         assert "is or holds an input" in sentence(run(*argv, "--output", own, "--force"))
     assert sorted((file.name, file.read_bytes()) for file in own.iterdir()) == before
+
+
+def test_vocabulary_commands_do_not_load_torch(
+    base: Path, chinese_sp: Path, work: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from chinese_llama import cli\n"
+        "try: cli.main()\nexcept SystemExit as done: assert done.code == 0\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    made = [
+        "--base",
+        base,
+        "--output",
+        tmp_path / "out",
+        "--chinese-sp",
+        chinese_sp,
+        "--corpus",
+        work / "zh.jsonl",
+    ]
+    audit = ["--tokenizer", tmp_path / "out", "--base", base, "--corpus", work / "zh.jsonl"]
+    for argv in (["extend-vocab", *made], ["audit-vocab", *audit]):
+        done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

@@ -61,35 +61,34 @@ def extend_vocab(
     "strict" adds only pieces of Chinese characters, ranked below all merges of the base, each proven
     to be producible; "reference" appends every missing piece with score 0, as Chinese-LLaMA did,
     which gives its published files to the byte. Without `chinese_sp`, the pieces that come with the
-    package ("20k", or "8k" by name) are taken. With `corpus`, strict learns which pieces are worth their rows, leaving out those
-    used fewer than `min_count` times there (other than parts of others); `size` is the most pieces that the finished tokenizer may
-    have, the base's and the pad token included.
+    package ("20k", or "8k" by name) are taken. With `corpus`, strict learns which pieces are worth
+    their rows, leaving out those used fewer than `min_count` times there (other than parts of others);
+    `size` is the most pieces that the finished tokenizer may have, the base's and the pad token included.
 
     Raises UserError if the strict contract does not hold on the built-in probe texts and those of
     `probe`, naming the first that breaks it.
     """
-    opened = open_base(base)
-    _check_extended(base)
     if policy == "reference" and chinese_sp is None:
         raise UserError(
             "--policy reference needs --chinese-sp (published: Chinese-LLaMA's chinese_sp.model)."
         )
-    chinese_sp = chinese_model(chinese_sp)
+    opened, chinese_sp = open_base(base), chinese_model(chinese_sp)
+    _check_extended(base)
     chinese = read_chinese(chinese_sp)
-    _check_options(opened, policy, corpus, size, min_count, pad_token)
+    settings: dict[str, Any] = {
+        "policy": policy,
+        "pad_token": pad_token,
+        "size": size,
+        "min_count": min_count,
+    }
+    _check_options(opened, corpus, **settings)
     _check_pad(pad_token, opened, chinese)
     if not keep:
         check_output(output, force)
-    manifest = Manifest(
-        "tokenizer",
-        "extend-vocab",
-        inputs={
-            "base": input_record(opened.file),
-            "chinese_sp": input_record(chinese_sp),
-            **{f"corpus:{index}": input_record(path) for index, path in enumerate(corpus)},
-        },
-        settings={"policy": policy, "pad_token": pad_token, "size": size, "min_count": min_count},
-    )
+    inputs = {"base": opened.file, "chinese_sp": chinese_sp, **({"probe": probe} if probe else {})}
+    inputs |= {f"corpus:{index}": path for index, path in enumerate(corpus)}
+    records = {role: input_record(path) for role, path in inputs.items()}
+    manifest = Manifest("tokenizer", "extend-vocab", records, settings)
     check_apart(output, manifest.places())
     if keep and stands(output, manifest, force, keep):
         return report.read(output)
@@ -208,7 +207,7 @@ def _corpus(readers: Readers, files: Sequence[Path], counted: Corpus) -> dict[st
 
 
 def _check_options(
-    base: Base, policy: str, corpus: Sequence[Path], size: int | None, min_count: int, pad_token: str | None
+    base: Base, corpus: Sequence[Path], policy: str, pad_token: str | None, size: int | None, min_count: int
 ) -> None:
     if policy not in POLICIES:
         raise UserError(f"--policy {policy!r}: known are {', '.join(POLICIES)}.")

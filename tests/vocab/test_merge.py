@@ -560,3 +560,11 @@ def test_the_reference_is_merged_from_a_model_that_is_named(base: Path, tmp_path
 def test_fewer_pieces_than_the_size_allows_are_told(base: Path, chinese_sp: Path, tmp_path: Path) -> None:
     told = extend_vocab(base, chinese_sp, tmp_path / "out", size=90_000)
     assert "Fewer than the 90,000 that --size allows" in summary(told)
+
+
+def test_a_result_that_was_not_probed_on_a_text_is_not_kept_for_it(
+    base: Path, chinese_sp: Path, work: Path, tmp_path: Path
+) -> None:
+    extend_vocab(base, chinese_sp, tmp_path / "out", keep=True)
+    with pytest.raises(OutputExists, match="from another probe than"):
+        extend_vocab(base, chinese_sp, tmp_path / "out", probe=work / "en.jsonl", keep=True)
