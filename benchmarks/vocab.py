@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -99,10 +98,9 @@ def held_out(data: Path, work: Path) -> str:
         counts = read_corpus([seen], held_out=0).counts
         for size in SIZES:
             pieces = select(base, read_chinese(chinese), counts, size - base.size).pieces
-            shutil.rmtree(work / "tokenizer")
-            (work / "tokenizer").mkdir()
-            base.write(work / "tokenizer", pieces, None)
-            measure("chinese_sp.model and the other sources", work / "tokenizer")
+            with tempfile.TemporaryDirectory(dir=work) as made:
+                base.write(Path(made), pieces, None)
+                measure("chinese_sp.model and the other sources", Path(made))
     lines = [[name, f"{size:,}", *figures] for (name, size), figures in rows.items()]
     return table(["tokenizer", "pieces", *FOLDS], lines)
 

@@ -51,7 +51,9 @@ def extended_tokenizer(workspace: Workspace, given: Options, force: bool) -> tup
     if "base" not in given:
         options["base"] = Path(workspace.base())
     options["base"] = local(options["base"])
-    if "corpus" not in given and section.corpus is not None:
+    if given.get("policy") == "reference":  # it takes every piece, whatever the workspace says
+        options |= {name: given.get(name, default) for name, default in (("size", None), ("min_count", 0))}
+    elif "corpus" not in given and section.corpus is not None:
         options["corpus"] = as_paths(workspace.paths(section.corpus))
     if "chinese_sp" not in given:  # the workspace's, or trained in it, or those that come along
         own, trained = section.chinese_sp, workspace.settings.train_vocab

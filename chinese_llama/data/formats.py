@@ -176,7 +176,7 @@ class _Unzstd(io.RawIOBase):
 def _parse(path: Path, text: str, line: int | None) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         at = line if line is not None else getattr(error, "lineno", None)
         raise BadFile(path, f"is not valid JSON ({getattr(error, 'msg', error)}).", at) from error
 

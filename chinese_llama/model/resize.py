@@ -130,7 +130,8 @@ def _grown(source: Weights, name: str, old_size: int, rows: int, init: str, part
 
 def copy_other_files(source: Path, target: Path) -> None:
     """Copy what lies beside the weights: no weights, no tokenizer, no manifest, no card."""
-    skip = {MANIFEST, "README.md", "config.json", "added_tokens.json", *TOKENIZER_FILES}
+    old = ("added_tokens.json", "vocab.json", "merges.txt")  # of the tokenizer that is replaced
+    skip = {MANIFEST, "README.md", "config.json", *old, *TOKENIZER_FILES}
     for file in sorted(source.iterdir()):
         is_weights = file.suffix in (".safetensors", ".bin", ".pth", ".pt") or file.name.endswith(
             ".index.json"

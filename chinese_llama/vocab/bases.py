@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -57,7 +59,33 @@ def open_base(path: Path) -> Base:
     fast = path if path.name.endswith(".json") else path / "tokenizer.json"
     if fast.is_file() and not (path / "tokenizer.model").is_file():
         return ByteLevelBase(fast)
-    return SentencePieceBase(read_base(path), tokenizer_model(path))
+    base = SentencePieceBase(read_base(path), tokenizer_model(path))
+    _check_added(base)
+    return base
+
+
+def _check_added(base: SentencePieceBase) -> None:
+    """Refuse a base whose Hugging Face files have tokens that tokenizer.model lacks, as chat models'
+    often do: the new pieces would take their ids."""
+    directory = base.file.parent
+    found: dict[str, int] = {}
+    for name, read in (
+        ("tokenizer.json", lambda c: {token["content"]: token["id"] for token in c["added_tokens"]}),
+        ("added_tokens.json", dict),
+        (
+            "tokenizer_config.json",
+            lambda c: {t["content"]: int(i) for i, t in c["added_tokens_decoder"].items()},
+        ),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            found |= read(json.loads((directory / name).read_text(encoding="utf-8")))
+    for token, index in sorted(found.items(), key=lambda item: item[1]):
+        if index >= base.size:
+            raise BadFile(
+                directory,
+                f"has the token {token!r} (id {index}) that tokenizer.model lacks; new pieces would take its "
+                "id: extend the base that it was made from.",
+            )
 
 
 def before_extension(path: Path, size: int) -> Encode:

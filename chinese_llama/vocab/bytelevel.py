@@ -10,6 +10,7 @@ characters, at least one of them Chinese, cannot fire in a text without Chinese.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tokenizers import models
 from chinese_llama.directories import write_text
 from chinese_llama.errors import BadFile, UserError
 
+TEMPLATE = "chat_template.jinja"
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
@@ -79,20 +81,25 @@ class ByteLevelBase:
     def __init__(self, file: Path, size: int | None = None) -> None:
         self.file = file
         self.json = read_json(file)
+        try:
+            self._read(size)
+        except Exception as error:  # the file may hold anything, and the library raises bare Exception
+            raise BadFile(file, f"is not a tokenizer that loads ({error}).") from error
+
+    def _read(self, size: int | None) -> None:
         if size is not None:
             self.json = _without(self.json, size)
         vocab: dict[str, int] = self.json["model"]["vocab"]
-        added = _ids(self.json.get("added_tokens", []))
+        added = _ids(self.json.get("added_tokens") or [])
         self.size = max([*vocab.values(), *added.values()]) + 1
         self.names = {*vocab, *added}
         self.known = {text for piece in vocab if (text := to_text(piece)) is not None}
-        self._alone: Encode | None = None
+        self._alone = by_merges(self.json)
         self._texts = {index: piece for piece, index in {**vocab, **added}.items()}
 
     def encode_with(self, pieces: Sequence[str], as_text: bool = False) -> Encode:
         if pieces:
             return by_merges(self._extended(pieces))
-        self._alone = self._alone or by_merges(self.json)
         return self._alone
 
     def _extended(self, pieces: Sequence[str]) -> dict[str, Any]:
@@ -100,7 +107,7 @@ class ByteLevelBase:
         model = self.json["model"]
         spelt = [to_bytes(piece) for piece in pieces]
         # control tokens too: the library gives those that the model does not know ids after all others
-        vocab = {**model["vocab"], **_ids(self.json.get("added_tokens", []))}
+        vocab = {**model["vocab"], **_ids(self.json.get("added_tokens") or [])}
         vocab |= {piece: self.size + index for index, piece in enumerate(spelt)}
         merges = list(model["merges"])
         by_rank = sorted(pieces, key=lambda piece: len(piece) > 1)  # a word is joined from characters
@@ -126,7 +133,7 @@ class ByteLevelBase:
         if pad_token is not None:
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             token = {"id": self.size + len(pieces), "content": pad_token, **flags, "special": True}
-            content["added_tokens"] = [*content.get("added_tokens", []), token]
+            content["added_tokens"] = [*(content.get("added_tokens") or []), token]
             content["model"]["vocab"][pad_token] = token["id"]
         pad_token = pad_token or config.get("pad_token") or config.get("unk_token")
         if pad_token is None:
@@ -134,14 +141,18 @@ class ByteLevelBase:
         if not config.get("bos_token") and "<|endoftext|>" in self.names:
             config["bos_token"] = "<|endoftext|>"  # Qwen: it stands between documents
         for role in ("bos_token", "eos_token"):
-            if not config.get(role):
-                raise UserError(f"{self.file.parent}: tokenizer_config.json names no {role}; add it there.")
+            if config.get(role) not in self.names:
+                what = f"tokenizer_config.json names no {role} that tokenizer.json has; add it there."
+                raise UserError(f"{self.file.parent}: {what}")
         config |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": pad_token,
-            "split_special_tokens": True,
+            # a base with a chat template goes on reading the control tokens that the template writes
+            "split_special_tokens": not _has_template(self.file.parent, config),
             "clean_up_tokenization_spaces": False,
         }
+        if (self.file.parent / TEMPLATE).is_file():
+            shutil.copyfile(self.file.parent / TEMPLATE, directory / TEMPLATE)
         for name, value in (("tokenizer.json", content), ("tokenizer_config.json", config)):
             write_text(directory / name, json.dumps(value, ensure_ascii=False) + "\n")
 
@@ -151,12 +162,16 @@ def _without(content: dict[str, Any], size: int) -> dict[str, Any]:
     model = content["model"]
     vocab = {piece: index for piece, index in model["vocab"].items() if index < size}
     merges = [pair for pair in model["merges"] if all(piece in vocab for piece in (*pair, "".join(pair)))]
-    added = [token for token in content.get("added_tokens", []) if token["id"] < size]
+    added = [token for token in (content.get("added_tokens") or []) if token["id"] < size]
     return {**content, "added_tokens": added, "model": {**model, "vocab": vocab, "merges": merges}}
 
 
 def _ids(added_tokens: list[dict[str, Any]]) -> dict[str, int]:
     return {token["content"]: token["id"] for token in added_tokens}
+
+
+def _has_template(directory: Path, config: dict[str, Any]) -> bool:
+    return bool(config.get("chat_template")) or (directory / TEMPLATE).is_file()
 
 
 def _whole(pieces: Iterable[str]) -> list[str]:
@@ -176,13 +191,13 @@ def read_json(file: Path) -> dict[str, Any]:
         model, steps = content["model"], json.dumps(content["pre_tokenizer"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadFile(file, f"is not a tokenizer ({error}).") from error
-    merges = model.get("merges", [])
-    model["merges"] = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    if model.get("type") != "BPE" or "ByteLevel" not in steps:
+    if not isinstance(model, dict) or model.get("type") != "BPE" or "ByteLevel" not in steps:
         what = "is neither SentencePiece BPE (tokenizer.model) nor byte-level BPE; it cannot be extended."
         raise BadFile(file, what)
     if '"add_prefix_space": true' in steps:
         raise BadFile(file, "puts a space before every text, so no Chinese piece would begin one.")
+    merges = model.get("merges") or []
+    model["merges"] = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     return content
 
 
@@ -194,6 +209,8 @@ def _config(directory: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise BadFile(directory / "tokenizer_config.json", f"is not valid JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise BadFile(directory / "tokenizer_config.json", "does not hold a table of settings.")
     for name, value in config.items():
         if name.endswith("_token") and isinstance(value, dict):
             config[name] = value.get("content")

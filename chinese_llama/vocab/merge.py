@@ -22,7 +22,7 @@ from chinese_llama.vocab.fast import write_tokenizer
 from chinese_llama.vocab.proto import NORMAL, read_chinese
 from chinese_llama.vocab.readers import Reader, open_readers
 from chinese_llama.vocab.select import Selection, select
-from chinese_llama.vocab.train import MODEL
+from chinese_llama.vocab.train import LARGEST, MODEL
 
 Readers = tuple[Reader, Reader, Reader | None]  # the base's, the new tokenizer's two
 POLICIES = ("strict", "reference")
@@ -215,6 +215,10 @@ def _check_options(
         raise UserError("--policy reference takes every piece: no --corpus, --size or --min-count with it.")
     if size is not None and size <= base.size + (pad_token is not None):
         raise UserError(f"--size {size}: {base.file} has {base.size:,} pieces already; give a larger size.")
+    if size is not None and size > LARGEST:
+        raise UserError(f"--size {size}: give at most {LARGEST:,}.")
+    if len({path.resolve() for path in corpus}) < len(corpus):
+        raise UserError("--corpus: a file is given twice.")
     if min_count < 0:
         raise UserError(f"--min-count {min_count}: give 0 or more.")
     if min_count and not corpus:

@@ -58,6 +58,8 @@ def read_chinese(path: Path) -> model_pb2.ModelProto:
 def _check_pieces(path: Path, model: model_pb2.ModelProto) -> None:
     seen: dict[str, int] = {}
     for index, piece in enumerate(model.pieces):
+        if not isinstance(piece.piece, str) or not math.isfinite(piece.score):
+            raise BadFile(path, f"has a damaged piece (id {index}); get the file again.")
         if not piece.piece:
             raise BadFile(path, f"has an empty piece (id {index}); it is damaged, train it again.")
         if piece.piece in seen:
@@ -85,13 +87,23 @@ def read_base(path: Path) -> model_pb2.ModelProto:
             raise BadFile(
                 file, f"has no {role} piece; a base that marks the {_ENDS[role]} of a text is needed."
             )
-    own = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
+    own = [piece.piece for piece in model.pieces if piece.type in (USER_DEFINED, UNUSED)]
     if own:
-        raise BadFile(
-            file, f"has user-defined pieces ({own[0]!r}), which Hugging Face tokenizers read differently."
+        what = (
+            f"has user-defined or unused pieces ({own[0]!r}), which Hugging Face tokenizers read differently."
         )
+        raise BadFile(file, what)
     if not any(piece.type == BYTE for piece in model.pieces):
         raise BadFile(file, "has no byte pieces; a base with byte fallback is needed.")
+    if normalizer.precompiled_charsmap:
+        what = f"normalises its text ({normalizer.name}), which Hugging Face tokenizers do otherwise"
+        raise BadFile(file, f"{what}; only bases that take text as it is can be extended.")
+    if model.trainer_spec.unk_piece not in pieces or not any(p.type == NORMAL for p in model.pieces):
+        raise BadFile(file, "has no unknown piece, or no ordinary one.")
+    try:
+        encoder(model)
+    except RuntimeError as error:
+        raise BadFile(file, f"cannot be loaded by SentencePiece ({error}).") from error
     return model
 
 

@@ -102,13 +102,16 @@ def candidates(chinese: model_pb2.ModelProto, selection: Selection) -> dict[str,
     for piece in chinese.pieces:
         if piece.type == USER_DEFINED:
             selection.dropped[piece.piece] = "user-defined: give it in a corpus, as often as it is worth"
+    top = max([0.0, *(piece.score for piece in normal)])
+    total = max(1.0, sum(math.exp(piece.score - top) for piece in normal)) if unigram else 1.0
     found: dict[str, float] = {}
     for rank, piece in enumerate(sorted(normal, key=lambda piece: -piece.score)):
         text = piece.piece.removeprefix(SPACE)
         if folded:
             text = text.translate(FULL_WIDTH)
         if is_chinese(text):
-            found[text] = found.get(text, 0.0) + (math.exp(piece.score) if unigram else 0.1 / (rank + 10))
+            share = math.exp(piece.score - top) / total if unigram else 0.1 / (rank + 10)
+            found[text] = found.get(text, 0.0) + share
         else:
             selection.dropped[piece.piece] = "not Chinese"
     return found

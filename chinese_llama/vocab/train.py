@@ -22,6 +22,7 @@ from chinese_llama.vocab.corpus import LONGEST, clauses
 
 MODEL = "chinese_sp.model"
 SLOW = 5_000_000  # characters; fewer are trained on in seconds
+LARGEST = 1_000_000  # pieces; beyond all use, and SentencePiece loops for hours
 SEED = 20_000
 SENTENCES = 4_000_000  # kept in memory by the trainer, sampled from the whole stream
 
@@ -41,8 +42,8 @@ def train_vocab(
     """
     if model_type not in ("bpe", "unigram"):
         raise UserError(f"--model-type {model_type!r}: known are bpe and unigram.")
-    if vocab_size < 16:
-        raise UserError(f"--vocab-size {vocab_size}: a vocabulary needs at least 16 pieces.")
+    if not 16 <= vocab_size <= LARGEST:
+        raise UserError(f"--vocab-size {vocab_size}: give 16 to {LARGEST:,} pieces.")
     manifest = Manifest(
         "sentencepiece",
         "train-vocab",

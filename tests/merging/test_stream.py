@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chinese_llama.artifacts import Manifest, identity, input_record, read_manifest, write_manifest
+from chinese_llama.directories import MANIFEST
 from chinese_llama.errors import BadFile, DoesNotFit, OutputExists, UserError
 from chinese_llama.merging import stream
 from chinese_llama.merging.plan import load
@@ -267,6 +268,7 @@ def test_an_existing_output_is_replaced_only_by_force(base: Path, tmp_path: Path
     place = peft_adapter(base, tmp_path / "a")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
+    (tmp_path / "out" / MANIFEST).write_text('{"kind": "x", "command": "x"}')
     with pytest.raises(OutputExists, match="out exists; --force replaces it"):
         merge(base, [place], tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "mine"

@@ -232,6 +232,7 @@ def test_unknown_settings_are_refused(base: Path, tokenizer: Path, tmp_path: Pat
 def test_an_existing_output_is_kept_unless_forced(base: Path, tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
+    (tmp_path / "out" / MANIFEST).write_text('{"kind": "x", "command": "x"}')
     with pytest.raises(OutputExists, match="out exists; --force replaces it"):
         extend_model(base, tokenizer, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

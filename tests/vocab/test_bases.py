@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -208,3 +209,22 @@ def test_what_cannot_be_extended_is_named(tmp_path: Path, base: Path) -> None:
     shutil.copy(base / "tokenizer.json", tmp_path)
     with pytest.raises(BadFile, match=r"tokenizer\.json: is neither SentencePiece BPE .* nor byte-level"):
         open_base(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "added_tokens.json", "tokenizer_config.json"])
+def test_a_token_that_only_the_other_files_have_is_not_overwritten(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    """Chat models add control tokens beside tokenizer.model; a new piece would take their ids."""
+    own = shutil.copytree(base, tmp_path / "own")
+    file = own / name
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if name == "tokenizer.json":
+        content["added_tokens"].append({**content["added_tokens"][-1], "id": 420, "content": "<|im_end|>"})
+    elif name == "added_tokens.json":
+        content["<|im_end|>"] = 420
+    else:
+        content["added_tokens_decoder"] = {"420": {"content": "<|im_end|>"}}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(BadFile, match=r"has the token '<\|im_end\|>' \(id 420\) that tokenizer.model lacks"):
+        open_base(own)

@@ -359,8 +359,14 @@ def test_the_reference_policy_is_for_sentencepiece(tmp_path: Path, chinese_sp: P
     ("config", "message"),
     [
         ({"pad_token": None}, r"names no pad token; add one with --pad-token '<\|pad\|>'"),
-        ({"eos_token": None}, r"tokenizer_config\.json names no eos_token; add it there"),
-        ({"bos_token": None}, r"tokenizer_config\.json names no bos_token; add it there"),
+        (
+            {"eos_token": None},
+            r"tokenizer_config\.json names no eos_token that tokenizer.json has; add it there",
+        ),
+        (
+            {"bos_token": None},
+            r"tokenizer_config\.json names no bos_token that tokenizer.json has; add it there",
+        ),
     ],
 )
 def test_roles_that_are_missing_are_named(
@@ -468,3 +474,37 @@ def test_a_pad_token_that_texts_hold_as_a_word_is_refused(chinese_sp: Path, tmp_
         extend_vocab(base, chinese_sp, tmp_path / "out", pad_token="pad")
     assert not (tmp_path / "out").exists()
     extend_vocab(base, chinese_sp, tmp_path / "out", pad_token="<pad>")
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_stays_and_its_control_tokens_are_read(
+    chinese_sp: Path, tmp_path: Path, where: str
+) -> None:
+    template = "{% for m in messages %}<|begin|>{{ m.content }}<|end|>{% endfor %}"
+    config = {"chat_template": template} if where.endswith("json") else {}
+    base = tiny.write_byte_level(tmp_path / "base", tiny.byte_level("llama3"), **config)
+    if not config:
+        (base / where).write_text(template, encoding="utf-8")
+    extend_vocab(base, chinese_sp, tmp_path / "out")
+    talk = [{"role": "user", "content": "the sea"}]
+    before, after = (load_tokenizer(place) for place in (base, tmp_path / "out"))
+    assert after.apply_chat_template(talk)["input_ids"] == before.apply_chat_template(talk)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda c: c.update(model=None),
+        lambda c: c["model"].pop("vocab"),
+        lambda c: c["model"].update(merges=[["no", "such"]]),
+        lambda c: c["model"].update(merges=["one"]),
+        lambda c: c.update(pre_tokenizer={"type": "ByteLevel of nobody"}),
+    ],
+)
+def test_a_damaged_tokenizer_json_is_one_sentence(break_it: Any, chinese_sp: Path, tmp_path: Path) -> None:
+    base = tiny.write_byte_level(tmp_path / "base", tiny.byte_level("gpt2"))
+    content = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    break_it(content)
+    (base / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(BadFile):
+        extend_vocab(base, chinese_sp, tmp_path / "out")

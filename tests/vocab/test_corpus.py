@@ -169,3 +169,12 @@ def test_a_corpus_that_cannot_be_read_is_named(work: Path, tmp_path: Path) -> No
 def test_instructions_and_conversations_are_text_too(work: Path) -> None:
     corpus = read_corpus([work / "ins.jsonl"], held_out=0)
     assert corpus.counts["北京"] == corpus.counts["大"] == 8
+
+
+def test_a_sample_does_not_follow_the_order_of_the_corpus(tmp_path: Path) -> None:
+    """Every second line English: a sample of every second document must not be all of one kind."""
+    mixed = [text for clause in of_one_length(4000) for text in (clause, "the sea")]
+    corpus = read_corpus([lines(tmp_path / "mixed.txt", mixed)], 500)
+    assert corpus.every >= 4
+    last = set(of_one_length(4000)[2000:])
+    assert sum(clause in last for clause in corpus.counts) > 50

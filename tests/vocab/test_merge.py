@@ -568,3 +568,14 @@ def test_a_result_that_was_not_probed_on_a_text_is_not_kept_for_it(
     extend_vocab(base, chinese_sp, tmp_path / "out", keep=True)
     with pytest.raises(OutputExists, match="from another probe than"):
         extend_vocab(base, chinese_sp, tmp_path / "out", probe=work / "en.jsonl", keep=True)
+
+
+def test_sizes_beyond_all_use_and_files_given_twice_are_refused(
+    base: Path, chinese_sp: Path, work: Path, tmp_path: Path
+) -> None:
+    zh = work / "zh.jsonl"
+    with pytest.raises(UserError, match="give at most 1,000,000"):
+        extend_vocab(base, chinese_sp, tmp_path / "out", corpus=[zh], size=10**11)
+    with pytest.raises(UserError, match="a file is given twice"):
+        extend_vocab(base, chinese_sp, tmp_path / "out", corpus=[zh, zh])
+    assert not (tmp_path / "out").exists()

@@ -128,7 +128,7 @@ def test_a_base_without_bos_or_eos_is_refused(tmp_path: Path, role: str, end: st
 def test_a_base_with_user_defined_pieces_is_refused(tmp_path: Path, base: Path) -> None:
     model = read_model(base / "tokenizer.model")
     model.pieces.add(piece="<|user|>", score=0.0, type=USER_DEFINED)
-    with pytest.raises(BadFile, match=r"own\.model: has user-defined pieces \('<\|user\|>'\)"):
+    with pytest.raises(BadFile, match=r"own\.model: has user-defined or unused pieces \('<\|user\|>'\)"):
         read_base(tiny.write_model(tmp_path / "own.model", model))
 
 

@@ -267,3 +267,12 @@ def test_uses_are_what_the_encoder_makes_of_the_words() -> None:
 def test_normal_pieces_only_are_known_to_the_base() -> None:
     assert NORMAL == 1
     assert base().known == {piece.piece for piece in base_model().pieces if piece.type == NORMAL}
+
+
+@pytest.mark.parametrize("score", [0.0, 50.0, 1000.0])
+def test_scores_that_are_no_logarithms_do_not_outweigh_a_corpus(score: float) -> None:
+    """Shares never add up to more than one, so the Chinese model never counts more than its words."""
+    model = model_pb2.ModelProto()
+    for piece in ("中国", "国人", "人中"):
+        model.pieces.add(piece=piece, score=score, type=NORMAL)
+    assert sum(candidates(model, Selection([])).values()) == pytest.approx(1.0)

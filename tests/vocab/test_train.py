@@ -94,7 +94,8 @@ def test_a_corpus_without_chinese_is_refused(work: Path, tmp_path: Path) -> None
     ("options", "message"),
     [
         ({"model_type": "word"}, "--model-type 'word': known are bpe and unigram"),
-        ({"vocab_size": 3}, "--vocab-size 3: a vocabulary needs at least 16 pieces"),
+        ({"vocab_size": 3}, "--vocab-size 3: give 16 to 1,000,000 pieces"),
+        ({"vocab_size": 2_000_000_000}, "give 16 to 1,000,000 pieces"),
         ({"vocab_size": -1}, "--vocab-size -1"),
     ],
 )
