@@ -167,8 +167,12 @@ def test_a_stop_leaves_nothing_and_is_told(number: int, tmp_path: Path) -> None:
     han = "".join(map(chr, range(0x4E00, 0x4E00 + 300)))
     tiny.write_texts(tmp_path / "zh.jsonl", [han[i % 250 :] for i in range(30_000)])
     argv = ["-m", "chinese_llama", "train-vocab", "--corpus", "zh.jsonl", "--output", "out"]
+
+    def listen() -> None:  # tests that run in the background of a shell inherit that Ctrl-C is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with subprocess.Popen(
-        [sys.executable, *argv], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, *argv], cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen
     ) as process:
         until = time.monotonic() + 20
         while not list(tmp_path.glob(".out.*")) and time.monotonic() < until:
