@@ -87,6 +87,9 @@ class ByteLevelBase:
             raise BadFile(file, f"is not a tokenizer that loads ({error}).") from error
 
     def _read(self, size: int | None) -> None:
+        merges = self.json["model"]["merges"]
+        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+        self.json["model"]["merges"] = pairs
         if size is not None:
             self.json = _without(self.json, size)
         vocab: dict[str, int] = self.json["model"]["vocab"]
@@ -196,8 +199,6 @@ def read_json(file: Path) -> dict[str, Any]:
         raise BadFile(file, what)
     if '"add_prefix_space": true' in steps:
         raise BadFile(file, "puts a space before every text, so no Chinese piece would begin one.")
-    merges = model.get("merges") or []
-    model["merges"] = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     return content
 
 

@@ -498,6 +498,7 @@ def test_a_chat_template_stays_and_its_control_tokens_are_read(
         lambda c: c["model"].pop("vocab"),
         lambda c: c["model"].update(merges=[["no", "such"]]),
         lambda c: c["model"].update(merges=["one"]),
+        lambda c: c["model"].update(merges=[5]),
         lambda c: c.update(pre_tokenizer={"type": "ByteLevel of nobody"}),
     ],
 )
