@@ -4,7 +4,7 @@
     python vocab/build.py --data ../shared/data --write     # replaces them
 
 `--data` is a folder with tokenizers/llama/tokenizer.model, tokenizers/chinese_sp.model,
-zh_pretrain.jsonl.gz, alpaca_zh.jsonl.gz and preference_zh.jsonl.gz. About a minute on two cores.
+zh_pretrain.jsonl.gz, alpaca_zh.jsonl.gz and preference_zh.jsonl.gz. One to two minutes on two cores.
 """
 
 from __future__ import annotations

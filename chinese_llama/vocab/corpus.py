@@ -13,7 +13,7 @@ from chinese_llama.errors import UserError
 from chinese_llama.progress import say, track
 from chinese_llama.vocab.scripts import CHINESE, CLAUSE
 
-MOST = 2_000_000  # distinct clauses held: about 400 MB
+MOST = 2_000_000  # distinct clauses held: this bounds the memory
 FEW = 100_000  # characters; fewer say little beside the Chinese model
 LONGEST = 200  # characters of a clause; a longer one is cut
 HELD_OUT = 50  # one document in so many is kept apart, to measure on

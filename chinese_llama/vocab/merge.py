@@ -32,7 +32,7 @@ POINTS = 8  # of the curve of length against size
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No search for cycles among hundreds of thousands of pieces, which have none: a quarter of the time."""
+    """No search for cycles among hundreds of thousands of pieces, which have none."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -135,7 +135,7 @@ def _spelling(content: dict[str, Any]) -> tuple[Callable[[str], bytes | None], i
     steps = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
     if '"ByteLevel"' in steps:
         spaced = '"add_prefix_space": true' in steps
-        return lambda piece: piece_bytes(piece), int(spaced)
+        return piece_bytes, int(spaced)
     if '"Metaspace"' in steps or SPACE in str(content.get("normalizer")):
         spaced = '"Prepend"' in steps or '"prepend_scheme": "always"' in steps or '"first"' in steps
         return _marked_bytes, int(spaced)
