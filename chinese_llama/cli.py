@@ -11,7 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from chinese_llama import __version__, workspace
-from chinese_llama.commandline import given, load, note_if_kept, repeated, workspace_for, write_json
+from chinese_llama.cli_vocab import app as vocab_app
+from chinese_llama.commandline import (
+    EXAMPLES,
+    Base,
+    Force,
+    Output,
+    given,
+    load,
+    note_if_kept,
+    repeated,
+    workspace_for,
+    write_json,
+)
 from chinese_llama.errors import UserError, report
 
 app = typer.Typer(
@@ -23,15 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Output = Annotated[
-    Path | None, typer.Option(help="Directory to write; must not exist yet.", show_default="the workspace's")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
-Base = Annotated[
-    Path | None, typer.Option(help="The base model or its tokenizer.", show_default="the workspace's")
-]
-EXAMPLES = "\n\n[bold]Examples[/bold]\n\n"
+app.add_typer(vocab_app)
 
 
 def _version(value: bool) -> None:
@@ -54,12 +58,16 @@ def _options(
 
 @app.command(
     epilog=EXAMPLES
-    + "chinese-llama init my-model --base models/llama-7b --corpus zh.jsonl.gz --instructions alpaca_zh.json"
+    + "chinese-llama init my-model --base models/llama-7b --corpus zh.jsonl.gz --replay en.jsonl.gz --instructions alpaca_zh.json"
 )
 def init(
     directory: Annotated[Path, typer.Argument(help="Directory of the new workspace.")],
     base: Annotated[str | None, typer.Option(help="The HF model to adapt: a directory or a hub id.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="Chinese text.")] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="English text: a fifth of what is trained on, so that the English stays."),
+    ] = None,
     instructions: Annotated[Path | None, typer.Option(help="Instruction records.")] = None,
     force: Force = False,
 ) -> None:
@@ -71,11 +79,11 @@ def init(
     file = directory / workspace.FILE
     if file.exists() and not force:
         raise UserError(f"{file} exists; --force replaces it.")
-    for place in (base, corpus, instructions):
+    for place in (base, corpus, replay, instructions):
         if place is not None and not Path(place).exists() and not is_hub_id(place):
             raise UserError(f"{place}: no such file or directory.")
     there = directory.absolute()
-    places = [_seen_from(there, place) for place in (base, corpus, instructions)]
+    places = [_seen_from(there, place) for place in (base, corpus, replay, instructions)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         place_recipes(directory)
@@ -93,120 +101,6 @@ def _seen_from(directory: Path, place: str | Path | None) -> str | None:
         return None if place is None else str(place)
     whole = Path(place).absolute()
     return str(whole.relative_to(directory) if whole.is_relative_to(directory) else whole)
-
-
-@app.command(
-    "train-vocab",
-    epilog=EXAMPLES
-    + "chinese-llama train-vocab --corpus zh.jsonl.gz --corpus books.txt --output work/chinese_sp --vocab-size 20000",
-)
-def train_vocab(
-    corpus: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Text: .txt, .jsonl, .json, .parquet; also .gz, .zst. May be repeated.",
-            show_default="the workspace's",
-        ),
-    ] = None,
-    output: Output = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Pieces to train.", show_default="20000")] = None,
-    model_type: Annotated[str | None, typer.Option(help="bpe or unigram.", show_default="bpe")] = None,
-    force: Force = False,
-) -> None:
-    """Train a Chinese SentencePiece model on a corpus."""
-    from chinese_llama import stages
-    from chinese_llama.vocab.train import MODEL
-
-    options = given(corpus=corpus or None, output=output, vocab_size=vocab_size, model_type=model_type)
-    made, manifest = stages.trained_vocab(
-        workspace_for("train-vocab", options, "corpus", "output"), options, force
-    )
-    note_if_kept(made)
-    typer.echo(
-        f"{made / MODEL}: {manifest.vocab_size:,} pieces from {manifest.metrics['characters']:,} Chinese characters."
-    )
-
-
-@app.command(
-    "extend-vocab",
-    epilog=EXAMPLES
-    + "chinese-llama extend-vocab --base models/llama-7b --corpus zh.jsonl.gz --size 49920 --output work/tokenizer\n\n"
-    + "chinese-llama extend-vocab --base models/llama-7b --chinese-sp chinese_sp.model --output work/tokenizer\n\n"
-    + "chinese-llama extend-vocab                 [dim]# in a workspace[/dim]",
-)
-def extend_vocab(
-    base: Base = None,
-    chinese_sp: Annotated[
-        Path | None,
-        typer.Option(
-            help="A Chinese SentencePiece model; 20k and 8k come along.",
-            show_default="the workspace's; else 20k",
-        ),
-    ] = None,
-    output: Output = None,
-    corpus: Annotated[
-        list[Path] | None,
-        typer.Option(help="Chinese text to learn on which pieces are worth their rows. May be repeated."),
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            help="Most pieces of the finished tokenizer, base included.",
-            show_default="as many as the Chinese model offers",
-        ),
-    ] = None,
-    min_count: Annotated[
-        int | None, typer.Option(help="Leave out pieces used less often in the corpus.", show_default="0")
-    ] = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            help="strict: nothing but Chinese changes, no dead piece; reference: as Chinese-LLaMA was merged.",
-            show_default="strict",
-        ),
-    ] = None,
-    pad_token: Annotated[
-        str | None, typer.Option(help="Add a padding token, such as '\\[PAD]'.", show_default="none")
-    ] = None,
-    probe: Annotated[Path | None, typer.Option(help="More texts to prove the contract on.")] = None,
-    force: Force = False,
-) -> None:
-    """Add Chinese pieces to the base's tokenizer, and prove the result."""
-    from chinese_llama import stages
-    from chinese_llama.vocab import report
-
-    options = given(
-        base=base, chinese_sp=chinese_sp, output=output, corpus=corpus or None, size=size,
-        min_count=min_count, policy=policy, pad_token=pad_token, probe=probe,
-    )  # fmt: skip
-    space = workspace_for("extend-vocab", options, "base", "output")
-    made, told = stages.extended_tokenizer(space, options, force)
-    note_if_kept(made)
-    typer.echo(f"{made}: {report.summary(told)}\n  Report: {made / report.PAGE}")
-
-
-@app.command(
-    "audit-vocab",
-    epilog=EXAMPLES
-    + "chinese-llama audit-vocab --tokenizer work/tokenizer --base models/llama-7b --corpus zh.jsonl.gz --corpus en.jsonl.gz",
-)
-def audit_vocab(
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer: a directory, or its tokenizer.model.")],
-    corpus: Annotated[list[Path], typer.Option(help="Text to tokenise. May be repeated.")],
-    base: Annotated[Path | None, typer.Option(help="The base's tokenizer, to compare with.")] = None,
-    page: Annotated[Path | None, typer.Option("--report", help="Write a Markdown page here.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-) -> None:
-    """What a tokenizer makes of a corpus: lengths by script, dead and unused pieces, disagreeing readers."""
-    from chinese_llama.directories import write_text
-    from chinese_llama.vocab import audit, report
-
-    told = audit.audit_vocab(tokenizer, corpus, base)
-    typer.echo(f"{tokenizer}: {report.summary(told)}")
-    if page:
-        write_text(page, report.markdown(told, report.hidden_size(base) if base else None))
-    if json_file:
-        write_json(json_file, told)
 
 
 @app.command(
@@ -347,22 +241,33 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
 ) -> None:
-    """Talk to a model; each question stands alone. An empty line or Ctrl-D ends it."""
+    """Talk to a model. /new starts a new conversation; an empty line or Ctrl-D ends it."""
     place, loaded, tokenizer = load("chat", model)
-    from chinese_llama.evaluate.generate import model_input, stream
+    from chinese_llama.evaluate.chat import chat as talk
 
-    typer.echo(f"{place} (empty line or Ctrl-D ends)")
-    while True:
-        try:
-            question = input("> ").strip()
-        except EOFError:
-            question = ""
-        if not question:
-            return
-        ids = model_input(tokenizer, question)
-        for part in stream(loaded, tokenizer, ids, max_new_tokens, temperature):
-            typer.echo(part, nl=False)
-        typer.echo()
+    typer.echo(f"{place} (/new starts afresh, an empty line or Ctrl-D ends)")
+    talk(loaded, tokenizer, max_new_tokens, temperature)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=EXAMPLES
+    + "chinese-llama prepare pt_lora               [dim]# in a workspace[/dim]\n\n"
+    + "chinese-llama prepare sft_lora --tokenizer-name-or-path work/tokenizer --data alpaca_zh.json --prepared-dir work/prepared",
+)
+def prepare(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="Whose data: pt_lora or sft_lora.")],
+) -> None:
+    """Tokenise and pack a recipe's data ahead; options are the recipe's. The recipe then finds it, or makes it itself."""
+    from chinese_llama.train.jobs import named_sources, prepare_ahead
+
+    prepared = prepare_ahead(recipe, context.args)
+    for source in named_sources(prepared):
+        typer.echo(
+            f"{source['name']}: {source['documents']:,} documents, {source['held_out']:,} held out, {source['tokens']:,} tokens, {source['blocks']:,} blocks"
+        )
+    typer.echo(prepared.directory)
 
 
 @app.command(epilog=EXAMPLES + "chinese-llama quickstart\n\nchinese-llama chat")

@@ -1,11 +1,13 @@
-"""What the commands of cli.py share: options that were given, the workspace, models, JSON files."""
+"""What the commands share: common options, options that were given, the workspace, models, JSON files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from chinese_llama import workspace
 from chinese_llama.artifacts import now, read_manifest
@@ -13,6 +15,14 @@ from chinese_llama.errors import UserError
 from chinese_llama.progress import say
 
 STARTED = now()
+Output = Annotated[
+    Path | None, typer.Option(help="Directory to write; must not exist yet.", show_default="the workspace's")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Base = Annotated[
+    Path | None, typer.Option(help="The base model or its tokenizer.", show_default="the workspace's")
+]
+EXAMPLES = "\n\n[bold]Examples[/bold]\n\n"
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -92,13 +92,14 @@ def parse_fields(argv: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
         while position < len(argv) and not argv[position].startswith("--"):
             values.append(argv[position])
             position += 1
-        parsed = [_value(name, text) for text in values]
+        parsed = [parse_value(name, text) for text in values]
         fields[name.replace("-", "_")] = parsed if len(parsed) > 1 else (parsed or [True])[0]
     config = fields.pop("config", None)
     return (Path(str(config)) if config is not None else None), fields
 
 
-def _value(name: str, text: str) -> Any:
+def parse_value(name: str, text: str) -> Any:
+    """The value that `text` is in YAML. Raises UserError naming the option `name`."""
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"v={text}"]))["v"]  # type: ignore[index,call-overload]
     except Exception as error:  # yaml and OmegaConf have no common base

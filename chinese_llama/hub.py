@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from chinese_llama.errors import UserError
 
@@ -20,12 +22,25 @@ def local(place: str | Path) -> Path:
 
     Raises UserError where the hub does not have it or cannot be reached.
     """
-    if not is_hub_id(place):
-        return Path(place)
+    return _snapshot(str(place)) if is_hub_id(place) else Path(place)
+
+
+def dataset(name: str, patterns: Sequence[str]) -> Path:
+    """The snapshot of the dataset with the hub id `name`: its files that match one of the `patterns`,
+    downloaded if need be.
+
+    Raises UserError where the hub does not have it or cannot be reached.
+    """
+    wider = [pattern.replace("**/", "*") for pattern in patterns]  # the hub's * matches / too
+    return _snapshot(name, repo_type="dataset", allow_patterns=wider)
+
+
+def _snapshot(name: str, **what: Any) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(place)))
+        return Path(huggingface_hub.snapshot_download(name, **what))
     except Exception as error:  # network and hub errors have no common base
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{place} is no directory here, and the hub does not give it ({what}).") from error
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        kind = what.get("repo_type", "directory")
+        raise UserError(f"{name} is no {kind} here, and the hub does not give it ({told}).") from error

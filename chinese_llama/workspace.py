@@ -175,7 +175,11 @@ extend_model:
   output: work/extended
 
 pt_lora:                   # fields of recipes/pt_lora.py, TrainingArguments included
-  data: [{corpus}]         # or [{{path: zh.jsonl, weight: 0.8}}, {{path: en.jsonl, weight: 0.2}}]
+  data:                    # weights are shares of the tokens; the English keeps the model's English
+    - {{path: {corpus}, weight: 0.8}}
+    {hash}- {{path: {replay}, weight: 0.2}}
+  eval_split: 0.01         # of the documents, by hash: held out, and measured while training
+  # max_regression: {{en: 0.02}}   # how much the bits per byte of a text may rise; on_regression: stop
   block_size: 512
   lora_r: 8
   lora_alpha: 32
@@ -205,11 +209,12 @@ merge:
 """
 
 
-def template(base: str | None, corpus: str | None, instructions: str | None) -> str:
+def template(base: str | None, corpus: str | None, replay: str | None, instructions: str | None) -> str:
     """The commented workspace file that `chinese-llama init` writes; None leaves a place to fill in."""
     places = {
         "base": base or "path/to/base",
         "corpus": corpus or "path/to/zh.jsonl",
+        "replay": replay or "path/to/en.jsonl",
         "instructions": instructions or "path/to/instructions.jsonl",
     }
-    return TEMPLATE.format(**{name: json.dumps(p, ensure_ascii=False) for name, p in places.items()})
+    return TEMPLATE.format(hash="" if replay else "# ", **{name: json.dumps(p, ensure_ascii=False) for name, p in places.items()})

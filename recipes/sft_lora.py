@@ -4,6 +4,7 @@
     accelerate launch recipes/sft_lora.py --config recipes/configs/sft_7b_80gb.yaml \\
         --model_name_or_path work/extended --adapters plus=work/plus \\
         --data alpaca_zh.jsonl --output_dir work/alpaca
+    python recipes/sft_lora.py --dry-run                 # what would train, on what, in which memory
 
 Only answers (and the end of text after them) are learnt. Fields are those of
 chinese_llama.train.fields.TuningFields and of transformers' TrainingArguments.
@@ -12,9 +13,7 @@ chinese_llama.train.fields.TuningFields and of transformers' TrainingArguments.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from chinese_llama.errors import report
 
@@ -29,29 +28,16 @@ DEFAULTS = {
 
 def main(argv: Sequence[str]) -> None:
     """Parse, build, train, save."""
-    from chinese_llama.data.templates import find_template
     from chinese_llama.train.fields import TuningFields, resolve
 
     recipe = resolve("sft_lora", TuningFields, DEFAULTS, argv)
-    fields = recipe.fields
-    template = find_template(fields.template)
 
     from chinese_llama.model.load import quiet_libraries
+    from chinese_llama.train.jobs import tuning_job
     from chinese_llama.train.session import run
 
     quiet_libraries()
-
-    def blocks(tokenizer: Any, path: Path) -> Iterable[dict[str, list[int]]]:
-        from chinese_llama.data.formats import instructions
-        from chinese_llama.data.packing import pack_samples
-        from chinese_llama.data.templates import sample
-        from chinese_llama.progress import track
-
-        records = track(instructions(path), f"packing {path.name}", unit="records")
-        samples = (sample(tokenizer, template, record) for record in records)
-        return pack_samples(samples, fields.max_seq_length, tokenizer.eos_token_id)
-
-    run(recipe, fields.max_seq_length, blocks, settings={"chat_template": template})
+    run(recipe, tuning_job(recipe))
 
 
 if __name__ == "__main__":

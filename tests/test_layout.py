@@ -24,7 +24,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("vocab",),
     ("model",),
     ("stages",),
-    ("merging", "evaluate", "train"),
+    ("merging", "evaluate"),
+    ("train",),  # it measures while it trains, and merges what lies below a quantised base
     ("quickstart", "recipes"),
     ("commandline",),
     ("cli",),

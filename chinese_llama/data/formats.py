@@ -1,7 +1,7 @@
 """Documents and records from files: .txt, .jsonl, .json, .parquet; the first three also .gz, .zst.
 
 Everything streams. A .txt file holds one document a line (empty lines are skipped); the others hold
-records with a field `text` (documents) or `instruction`, `input`, `output` (instructions).
+records, with a field `text` where they are documents (for others see chinese_llama.data.conversations).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 import zstandard
 
 from chinese_llama.errors import BadFile, UserError
-from chinese_llama.progress import say
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+PATTERNS = [f"*{suffix}{packed}" for suffix in SUFFIXES for packed in ("", ".gz", ".zst")]
 
 
 def documents(path: Path) -> Iterator[str]:
@@ -42,46 +42,44 @@ def texts(path: Path) -> Iterator[str]:
 def _texts(path: Path, text_of: Callable[[Path, int | None, Any], str]) -> Iterator[str]:
     found = False
     for file in corpus_files(path):
-        for line, record in _records(file):
-            text = record if isinstance(record, str) else text_of(file, line, record)
-            if text.strip():
-                found = True
-                yield text
+        for text in _file_texts(file, text_of):
+            found = True
+            yield text
     if not found:
         raise BadFile(path, "holds no text.")
 
 
-def instructions(path: Path) -> Iterator[dict[str, str]]:
-    """The records {"instruction", "input", "output"} of a file or directory; `input` may be absent.
-
-    Records with an empty instruction or output are left out, and their number is told. Raises BadFile
-    for a record without one of these fields, and where no record is left.
-    """
-    found = empty = 0
-    for file in corpus_files(path):
-        if _kind(file) == ".txt":
-            raise BadFile(file, "is plain text; instructions come as .jsonl, .json or .parquet records.")
-        for line, record in _records(file):
-            instruction = _instruction(file, line, record)
-            if instruction["instruction"].strip() and instruction["output"].strip():
-                found += 1
-                yield instruction
-            else:
-                empty += 1
-    if not found:
-        raise BadFile(path, "holds no instructions.")
-    if empty:
-        say(f"{path}: left out {empty:,} of {found + empty:,} records, whose instruction or output is empty.")
+def file_documents(file: Path) -> Iterator[str]:
+    """The documents of one corpus file; none is no error."""
+    return _file_texts(file, _text_field, "text")
 
 
-def corpus_files(path: Path) -> list[Path]:
-    """`path` itself, or the corpus files below it if it is a directory, in order of name."""
+def _file_texts(
+    file: Path, text_of: Callable[[Path, int | None, Any], str], column: str | None = None
+) -> Iterator[str]:
+    for line, record in records(file, column):
+        text = record if isinstance(record, str) else text_of(file, line, record)
+        if text.strip():
+            yield text
+
+
+def corpus_files(path: Path, pattern: str | None = None) -> list[Path]:
+    """`path` itself, or the corpus files below it if it is a directory, in order of name; with a
+    `pattern` (a glob such as `zh/*.parquet`) those that match it."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in SUFFIXES)
+        try:
+            below = path.rglob("*") if pattern is None else path.glob(pattern)
+            files = sorted({file for file in below if file.is_file() and _kind(file) in SUFFIXES})
+        except (ValueError, NotImplementedError) as error:
+            raise BadFile(path, f"files: {pattern!r} is no pattern for the files in it ({error}).") from error
         if not files:
-            raise BadFile(path, f"has no file that ends in {', '.join(SUFFIXES)} (or those + .gz, .zst).")
+            matches = f"matches {pattern!r} and " if pattern is not None else ""
+            what = f"has no file that {matches}ends in {', '.join(SUFFIXES)} (or those + .gz, .zst)."
+            raise BadFile(path, what)
         return files
+    if path.is_file() and pattern is not None:
+        raise BadFile(path, f"is a file; files ({pattern!r}) chooses among those of a directory.")
     if not path.is_file():
         raise BadFile(path, "no such file.")
     if _kind(path) not in SUFFIXES:
@@ -103,11 +101,16 @@ def _kind(path: Path) -> str:
     return (suffixes[:-1] if packed else suffixes)[-1] if len(suffixes) > packed else ""
 
 
-def _records(path: Path) -> Iterator[tuple[int | None, Any]]:
-    """(line number or None, text or record) of one file."""
+def records(
+    path: Path, column: str | None = None, bad: Callable[[BadFile], None] | None = None
+) -> Iterator[tuple[int | None, Any]]:
+    """(line number or None, text or record) of one file; with `column`, of a Parquet file only that.
+
+    A line that is not JSON raises BadFile, or is given to `bad` and left out.
+    """
     kind = _kind(path)
     if kind == ".parquet":
-        yield from _parquet(path)
+        yield from _parquet(path, column)
         return
     if kind == ".json":
         yield from _json(path)
@@ -116,7 +119,14 @@ def _records(path: Path) -> Iterator[tuple[int | None, Any]]:
         if kind == ".txt":
             yield number, line.rstrip("\r\n")
         elif line.strip():
-            yield number, _parse(path, line, number)
+            try:
+                record = _parse(path, line, number)
+            except BadFile as error:
+                if bad is None:
+                    raise
+                bad(error)
+                continue
+            yield number, record
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -191,14 +201,15 @@ def _json(path: Path) -> Iterator[tuple[None, Any]]:
         yield None, record
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(path: Path, column: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
+        columns = [column] if column in table.schema_arrow.names else None
         number = 0
-        for batch in table.iter_batches(batch_size=1024):
+        for batch in table.iter_batches(batch_size=1024, columns=columns):
             for record in batch.to_pylist():
                 number += 1
                 yield number, record
@@ -212,7 +223,7 @@ def _text_field(path: Path, line: int | None, record: Any) -> str:
         raise BadFile(path, f"has no field 'text' (found: {names or 'nothing'}).", line)
     if not isinstance(record["text"], str):
         raise BadFile(path, "the field 'text' is not text.", line)
-    return _unicode(path, line, record["text"])
+    return valid_unicode(path, line, record["text"])
 
 
 def _all_text(path: Path, line: int | None, record: Any) -> str:
@@ -222,7 +233,7 @@ def _all_text(path: Path, line: int | None, record: Any) -> str:
     if not parts:
         names = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise BadFile(path, f"has no field with text (found: {names or 'nothing'}).", line)
-    return _unicode(path, line, "\n".join(parts))
+    return valid_unicode(path, line, "\n".join(parts))
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -237,7 +248,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _unicode(path: Path, line: int | None, text: str) -> str:
+def valid_unicode(path: Path, line: int | None, text: str) -> str:
     """`text`, if it can be written as UTF-8: JSON may hold half a surrogate pair."""
     try:
         text.encode()
@@ -245,18 +256,3 @@ def _unicode(path: Path, line: int | None, text: str) -> str:
         what = f"holds half a surrogate pair ({text[error.start]!r}); it is not valid Unicode."
         raise BadFile(path, what, line) from error
     return text
-
-
-def _instruction(path: Path, line: int | None, record: Any) -> dict[str, str]:
-    if not isinstance(record, dict):
-        raise BadFile(path, "is not a record with instruction and output.", line)
-    result = {}
-    for name in ("instruction", "input", "output"):
-        if name not in record and name != "input":
-            raise BadFile(path, f"has no {name!r} (found: {', '.join(record) or 'nothing'}).", line)
-        value = record.get(name)
-        value = "" if value is None else value
-        if not isinstance(value, str):
-            raise BadFile(path, f"the field {name!r} is not text.", line)
-        result[name] = _unicode(path, line, value)
-    return result

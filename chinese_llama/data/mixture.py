@@ -1,30 +1,43 @@
-"""Several sources as one data set: each packed on its own, then mixed by share of tokens."""
+"""Several sources as one data set: what they are, their names, and their shares of the tokens."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chinese_llama import hub
+from chinese_llama.data.formats import PATTERNS, corpus_files
 from chinese_llama.errors import UserError
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
     """A corpus and its weight: its share of the tokens, relative to the other weights.
 
-    Without weights every source is seen once per epoch.
+    Without weights every source is seen once per epoch. `path` is a file, a directory, or the hub id of a
+    dataset; of the latter two, `files` is a glob that chooses files. `format` is that of conversations.
     """
 
     path: Path
     weight: float | None = None
+    files: str | None = None
+    format: str = "auto"
+
+    def list_files(self) -> list[Path]:
+        """The files of the source in order, downloaded first if it is a hub id. Raises UserError."""
+        path = self.path
+        if hub.is_hub_id(path):
+            path = hub.dataset(str(path), [self.files] if self.files else PATTERNS)
+        return corpus_files(path, self.files)
 
 
 def sources(data: Any) -> list[Source]:
-    """Sources from the field `data`: a path, a list of paths, or a list of {path, weight}.
+    """Sources from the field `data`: a path or a hub id, or a list of those or of {path, weight, files, format}.
 
     Raises UserError where it is none of these, a weight is not positive, or only some have one.
     """
@@ -40,16 +53,39 @@ def sources(data: Any) -> list[Source]:
 def _source(item: Any) -> Source:
     if isinstance(item, (str, Path)):
         return Source(Path(item))
-    if not isinstance(item, dict) or "path" not in item or set(item) - {"path", "weight"}:
-        raise UserError(f"data: {item!r} is neither a path nor {{path: FILE, weight: NUMBER}}.")
+    known = {field.name for field in dataclasses.fields(Source)}
+    if not isinstance(item, dict) or "path" not in item or set(item) - known:
+        raise UserError(
+            f"data: {item!r} is neither a path nor {{path: FILE, weight: NUMBER, files: GLOB, format: NAME}}."
+        )
     weight = item.get("weight")
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if weight is not None and not (number and 0 < weight < math.inf):
         raise UserError(f"data: {item['path']}: the weight {weight!r} is not a positive number.")
-    return Source(Path(str(item["path"])), weight)
+    for name in ("files", "format"):
+        if not isinstance(item.get(name) or "", str):
+            raise UserError(f"data: {item['path']}: {name} {item[name]!r} is not text.")
+    return Source(Path(str(item["path"])), weight, item.get("files"), item.get("format") or "auto")
 
 
-def mix(found: list[Source], lengths: list[int], seed: int) -> list[list[int]]:
+def names(found: Sequence[Source]) -> list[str]:
+    """A short name for each source, none twice: that of its file or directory without suffixes.
+
+    >>> names([Source(Path("a/zh.jsonl.gz")), Source(Path("b/zh.txt")), Source(Path("en"))])
+    ['zh', 'zh-2', 'en']
+    """
+    made: list[str] = []
+    for source in found:
+        stem = source.path.name.partition(".")[0] or source.path.name
+        number, name = 1, stem
+        while name in made:
+            number += 1
+            name = f"{stem}-{number}"
+        made.append(name)
+    return made
+
+
+def mix(found: Sequence[Source], lengths: Sequence[int], seed: int) -> list[list[int]]:
     """For each source the indices of the blocks that make up one epoch.
 
     With weights, the epoch is as long as all sources together, and each source gets its share of
@@ -66,40 +102,3 @@ def mix(found: list[Source], lengths: list[int], seed: int) -> list[list[int]]:
         random.Random(f"{seed}:{number}").shuffle(order)
         chosen.append((order * math.ceil(wanted / length))[:wanted])
     return chosen
-
-
-def dataset(
-    found: list[Source],
-    blocks: Callable[[Path], Iterable[dict[str, list[int]]]],
-    cache: Path,
-    seed: int,
-) -> Any:
-    """A `datasets.Dataset` of packed blocks, kept on disk below `cache` and mapped into memory."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    columns = ("input_ids", "labels", "position_ids")
-    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in columns})
-    parts = []
-    for number, source in enumerate(found):
-        if next(iter(blocks(source.path)), None) is None:
-            raise UserError(f"{source.path}: nothing to train on: no sample fits into the block.")
-        try:
-            part = datasets.Dataset.from_generator(
-                blocks,
-                gen_kwargs={"path": source.path},
-                features=features,
-                cache_dir=str(cache),
-                fingerprint=f"source-{number}",
-            )
-        except datasets.exceptions.DatasetGenerationError as error:
-            if isinstance(error.__cause__, UserError):
-                raise error.__cause__ from None
-            raise
-        parts.append(part)
-    chosen = mix(found, [len(part) for part in parts], seed)
-    mixed = [
-        part if len(indices) == len(part) and source.weight is None else part.select(indices)
-        for source, part, indices in zip(found, parts, chosen, strict=True)
-    ]
-    return datasets.concatenate_datasets(mixed).with_format("torch")

@@ -1,77 +1,129 @@
-"""Fill blocks of equal length with documents or samples, without contamination.
+"""Fill blocks of equal length with documents or samples, without a Python loop over tokens.
 
-Position ids restart with every document; a model called with them and without a cache attends
-within a document only. The first token of a document is never a target of the one before it.
+A block holds parts: whole documents or samples, or what a cut leaves of a document. The rest of a block
+that is not full is filled only when a batch is made of it (chinese_llama.train.collate).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
-from chinese_llama.data.templates import IGNORE, Sample
-from chinese_llama.progress import say
+import numpy as np
+
+from chinese_llama.data.templates import IGNORE
+
+Array = np.ndarray[Any, Any]
+OPEN = 16  # blocks with room that a sample may go into
 
 
 @dataclass
-class Block:
-    """`input_ids`, `labels` and `position_ids` of one block, each [block_size]."""
+class Parts:
+    """Documents, samples or parts of documents, one behind the other.
 
-    input_ids: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    position_ids: list[int] = field(default_factory=list)
-
-    def add(self, ids: list[int], labels: list[int]) -> None:
-        """Append a document (or a part of one) with positions from 0."""
-        self.input_ids += ids
-        self.labels += [IGNORE, *labels[1:]]
-        self.position_ids += range(len(ids))
-
-    def filled(self, block_size: int, filler: int) -> dict[str, list[int]]:
-        """The block as the model takes it; the rest is `filler`, with no label."""
-        rest = block_size - len(self.input_ids)
-        return {
-            "input_ids": self.input_ids + [filler] * rest,
-            "labels": self.labels + [IGNORE] * rest,
-            "position_ids": self.position_ids + list(range(rest)),
-        }
-
-
-def pack_documents(
-    documents: Iterable[list[int]], block_size: int, filler: int
-) -> Iterator[dict[str, list[int]]]:
-    """Blocks from documents, cut where a block is full; nothing is thrown away.
-
-    Only the last block is filled up. A part that continues a document starts at position 0.
+    `ids` int32 [tokens]; `lengths` (in tokens) and `documents` (the ordinal in its source of the document
+    that each part belongs to) int64 [parts]; `learnt` bool [tokens], or None where every token is learnt.
     """
-    block = Block()
-    for ids in documents:
-        start = 0
-        while start < len(ids):
-            part = ids[start : start + block_size - len(block.input_ids)]
-            block.add(part, part)
-            start += len(part)
-            if len(block.input_ids) == block_size:
-                yield block.filled(block_size, filler)
-                block = Block()
-    if block.input_ids:
-        yield block.filled(block_size, filler)
+
+    ids: Array
+    lengths: Array
+    documents: Array
+    learnt: Array | None = None
+
+    def learnt_targets(self) -> int:
+        """How many tokens are learnt; the first one of a part never is, nothing comes before it."""
+        learnt = np.ones(len(self.ids), bool) if self.learnt is None else self.learnt.copy()
+        learnt[(self.lengths.cumsum() - self.lengths)[self.lengths > 0]] = False
+        return int(learnt.sum())
 
 
-def pack_samples(samples: Iterable[Sample], block_size: int, filler: int) -> Iterator[dict[str, list[int]]]:
-    """Blocks from whole samples, in order; samples longer than a block are left out, and told."""
-    block = Block()
-    kept = long = 0
-    for sample in samples:
-        if len(sample.input_ids) > block_size:
-            long += 1
-            continue
-        kept += 1
-        if len(block.input_ids) + len(sample.input_ids) > block_size:
-            yield block.filled(block_size, filler)
-            block = Block()
-        block.add(sample.input_ids, sample.labels)
-    if block.input_ids:
-        yield block.filled(block_size, filler)
-    if long:
-        say(f"Left out {long:,} of {kept + long:,} samples: longer than {block_size} tokens.")
+@dataclass
+class Blocks:
+    """Blocks one behind the other: `tokens` and `counts` (of parts), both int64 [blocks], say where each
+    one ends in `parts`."""
+
+    parts: Parts
+    tokens: Array
+    counts: Array
+
+
+def parts(
+    ids: Sequence[Sequence[int]], documents: Iterable[int], labels: Sequence[Sequence[int]] | None = None
+) -> Parts:
+    """Parts from lists, one for each; with `labels`, what is IGNORE there is not learnt."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    total = int(lengths.sum())
+    return Parts(
+        np.fromiter(chain.from_iterable(ids), np.int32, total),
+        lengths,
+        np.fromiter(documents, np.int64, len(ids)),
+        None if labels is None else np.fromiter(chain.from_iterable(labels), np.int32, total) != IGNORE,
+    )
+
+
+def join(pieces: Sequence[Parts]) -> Parts:
+    """All parts of the `pieces` (at least one), in order."""
+    learnt = [piece.learnt for piece in pieces if piece.learnt is not None]
+    return Parts(
+        np.concatenate([piece.ids for piece in pieces]),
+        np.concatenate([piece.lengths for piece in pieces]),
+        np.concatenate([piece.documents for piece in pieces]),
+        np.concatenate(learnt) if learnt else None,
+    )
+
+
+def pack_documents(stream: Parts, block_size: int, last: bool) -> tuple[Blocks, Parts]:
+    """Blocks from documents, cut where a block is full, and the rest, which is shorter than a block.
+
+    With `last` the rest becomes the last block, and nothing is left over.
+    """
+    total = len(stream.ids)
+    full = total if last else total - total % block_size
+    ends = stream.lengths.cumsum()
+    cuts = np.union1d(ends[ends > 0], np.arange(block_size, total, block_size))
+    lengths = np.diff(cuts, prepend=0)
+    starts = cuts - lengths
+    documents = stream.documents[np.searchsorted(ends, starts, side="right")]
+    inside = int(np.searchsorted(starts, full))
+    blocks = Blocks(
+        Parts(stream.ids[:full], lengths[:inside], documents[:inside]),
+        np.diff(np.append(np.arange(0, full, block_size), full)),
+        np.bincount(starts[:inside] // block_size),
+    )
+    return blocks, Parts(stream.ids[full:], lengths[inside:], documents[inside:])
+
+
+def pack_samples(samples: Parts, block_size: int) -> Blocks:
+    """Blocks from whole samples, none longer than a block; about in order (see `fill`)."""
+    chosen = fill(samples.lengths.tolist(), block_size)
+    counts = np.array([len(block) for block in chosen], np.int64)
+    order = np.fromiter(chain.from_iterable(chosen), np.int64, len(samples.lengths))
+    lengths = samples.lengths[order]
+    old = samples.lengths.cumsum() - samples.lengths
+    new = lengths.cumsum() - lengths
+    tokens = np.repeat(old[order] - new, lengths) + np.arange(len(samples.ids))
+    learnt = None if samples.learnt is None else samples.learnt[tokens]
+    packed = Parts(samples.ids[tokens], lengths, samples.documents[order], learnt)
+    firsts = counts.cumsum() - counts
+    return Blocks(packed, np.add.reduceat(lengths, firsts) if len(firsts) else counts, counts)
+
+
+def fill(lengths: Sequence[int], block_size: int) -> list[list[int]]:
+    """The samples (by number) of each block: a sample goes into the oldest block that has room for it,
+    among the `OPEN` newest ones."""
+    blocks: list[list[int]] = []
+    room: list[int] = []  # tokens
+    for sample, length in enumerate(lengths):
+        first = max(0, len(blocks) - OPEN)
+        for block in range(first, len(blocks)):
+            if room[block] >= length:
+                break
+        else:
+            block = len(blocks)
+            blocks.append([])
+            room.append(block_size)
+        blocks[block].append(sample)
+        room[block] -= length
+    return blocks

@@ -55,16 +55,19 @@ def window_nats(model: Any, batch: list[Window], filler: int) -> list[float]:
     ]
 
 
-def evaluate_text(
-    model: Any, tokenizer: Any, texts: Iterable[str], stride: int | None = None
-) -> dict[str, Any]:
-    """Figures of a model on documents: bits_per_character, bits_per_byte, perplexity (per token),
-    characters_per_token, characters, bytes, tokens, documents.
+@dataclass
+class Windows:
+    """Texts as windows of ids, shortest first, and their counts: what `score` takes, again and again."""
 
-    Every document starts after a bos; bos is not counted. Raises UserError if a figure is not
-    finite.
+    windows: list[Window]
+    counts: dict[str, int]
+
+
+def text_windows(tokenizer: Any, texts: Iterable[str], length: int, stride: int | None = None) -> Windows:
+    """Windows of at most `length` tokens over documents; each starts after a bos, which is not counted.
+
+    `stride` (default: half the length) is how far a window moves. Raises UserError where it does not fit.
     """
-    length = model.config.max_position_embeddings
     stride = stride or length // 2
     if not 1 <= stride < length:
         raise UserError(
@@ -79,15 +82,23 @@ def evaluate_text(
         counts["tokens"] += len(ids)
         counts["documents"] += 1
         todo += windows([tokenizer.bos_token_id, *ids], length, stride)
-    todo.sort(key=lambda window: len(window.ids))
-    batches = list(_batches(todo))
+    return Windows(sorted(todo, key=lambda window: len(window.ids)), counts)
+
+
+def score(model: Any, texts: Windows, filler: int, batch_tokens: int = BATCH_TOKENS) -> dict[str, Any]:
+    """Figures of a model on texts: bits_per_character, bits_per_byte, perplexity (per token),
+    characters_per_token, characters, bytes, tokens, documents.
+
+    `filler` pads windows; at most `batch_tokens` tokens run at once. Raises UserError if a figure is not
+    finite.
+    """
+    batches = list(_batches(texts.windows, batch_tokens))
     nats = sum(
-        sum(window_nats(model, batch, tokenizer.eos_token_id))
-        for batch in track(batches, "scoring", len(batches), "batches")
+        sum(window_nats(model, batch, filler)) for batch in track(batches, "scoring", len(batches), "batches")
     )
     if not math.isfinite(nats):
         raise UserError("The model gives values that are not finite; is it damaged, or in float16?")
-    bits = nats / math.log(2)
+    bits, counts = nats / math.log(2), texts.counts
     return {
         "bits_per_character": bits / counts["characters"],
         "bits_per_byte": bits / counts["bytes"],
@@ -97,11 +108,19 @@ def evaluate_text(
     }
 
 
-def _batches(todo: list[Window]) -> Iterator[list[Window]]:
-    """Windows of about equal length, `BATCH_TOKENS` tokens at a time."""
+def evaluate_text(
+    model: Any, tokenizer: Any, texts: Iterable[str], stride: int | None = None
+) -> dict[str, Any]:
+    """`score` of documents, in windows as long as the model reads."""
+    found = text_windows(tokenizer, texts, model.config.max_position_embeddings, stride)
+    return score(model, found, tokenizer.eos_token_id)
+
+
+def _batches(todo: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Windows of about equal length, `batch_tokens` tokens at a time."""
     batch: list[Window] = []
     for window in todo:
-        if batch and (len(batch) + 1) * len(window.ids) > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * len(window.ids) > batch_tokens:
             yield batch
             batch = []
         batch.append(window)

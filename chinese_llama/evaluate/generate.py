@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from chinese_llama.data.templates import prompt_ids, text_ids
+from chinese_llama.data.templates import prompt_ids, stop_ids, text_ids
 from chinese_llama.errors import UserError
 
 
@@ -22,7 +22,7 @@ def model_input(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
     beginning of a text."""
     template = None if raw else chat_template(tokenizer)
     if template:
-        return prompt_ids(tokenizer, template, prompt)
+        return prompt_ids(tokenizer, template, [{"role": "user", "content": prompt}])
     return [tokenizer.bos_token_id, *text_ids(tokenizer, prompt)]
 
 
@@ -30,10 +30,14 @@ def model_input(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
 def stream(
     model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, temperature: float, seed: int = 0
 ) -> Iterator[str]:
-    """The text generated after `ids`, in growing parts, up to eos.
+    """The text generated after `ids`, in growing parts, up to eos or what else ends an answer in the
+    tokenizer's template.
 
-    `temperature` 0 takes the likeliest token. Parts never end inside a character.
+    `temperature` 0 takes the likeliest token. Parts never end inside a character. Raises UserError where
+    the ids leave no room in the model.
     """
+    template = chat_template(tokenizer)
+    stop = stop_ids(tokenizer, template) if template else [tokenizer.eos_token_id]
     generator = torch.Generator(device=model.device).manual_seed(seed)
     past, step = None, torch.tensor([ids], device=model.device)
     room = model.config.max_position_embeddings - len(ids)
@@ -50,7 +54,7 @@ def stream(
             index = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
         else:
             index = logits.argmax(keepdim=True)
-        if int(index) == tokenizer.eos_token_id:
+        if int(index) in stop:
             break
         new.append(int(index))
         step = index[None]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chinese_llama.artifacts import read_manifest
-from chinese_llama.errors import BadFile, DoesNotFit
+from chinese_llama.errors import BadFile, DoesNotFit, UserError
 from chinese_llama.hub import local
 from chinese_llama.model.resize import copy_tokenizer
 
@@ -48,10 +48,14 @@ def load_tokenizer(place: str | Path) -> Any:
     return tokenizer
 
 
-def load_model(place: str | Path, dtype: str = "auto") -> Any:
-    """The causal language model of a directory or hub id, on the CPU, in evaluation mode.
+def load_model(
+    place: str | Path, dtype: str = "auto", quantization: str = "none", device: str = "cpu"
+) -> Any:
+    """The causal language model of a directory or hub id, in evaluation mode.
 
-    `dtype` "auto": bfloat16 where a GPU with bfloat16 is present, else float32.
+    `dtype` "auto": bfloat16 where a GPU with bfloat16 is present, else float32. `quantization` of the
+    linear layers, lm_head excepted: nf4 (4 bits, with double quantisation; QLoRA, arXiv 2305.14314) or int8
+    (LLM.int8, arXiv 2208.07339); a quantised model is put on `device` at once, others stay on the CPU.
     """
     import torch
     import transformers
@@ -68,6 +72,7 @@ def load_model(place: str | Path, dtype: str = "auto") -> Any:
             dtype=getattr(torch, dtype),
             local_files_only=True,
             output_loading_info=True,
+            **_quantized(quantization, dtype, device),
         )
     except Exception as error:  # transformers raises many kinds
         raise BadFile(place, f"is not a model that loads ({_first_line(error)}).") from error
@@ -75,6 +80,31 @@ def load_model(place: str | Path, dtype: str = "auto") -> Any:
         missing = sorted(told["missing_keys"])
         raise BadFile(place, f"lacks {len(missing)} of the model's tensors ({missing[0]} ...).")
     return model.eval()
+
+
+def _quantized(quantization: str, dtype: str, device: str) -> dict[str, Any]:
+    """What from_pretrained needs to quantise with bitsandbytes while it loads."""
+    if quantization == "none":
+        return {}
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"quantization: {quantization} needs bitsandbytes: pip install bitsandbytes."
+        ) from error
+    if quantization == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def resolve_dtype(dtype: str) -> str:
@@ -87,12 +117,37 @@ def resolve_dtype(dtype: str) -> str:
 
 
 def check_pair(model: Any, tokenizer: Any, place: str | Path) -> None:
-    """Raise DoesNotFit if the tokenizer has ids that the model has no rows for."""
+    """Raise DoesNotFit if the tokenizer has ids that the model has no rows for, or is not the size of the
+    one that the model was made with (49,953 pieces on 49,954 rows run, and babble)."""
     rows = model.get_input_embeddings().weight.shape[0]
+    manifest = read_manifest(Path(place)) if Path(place).is_dir() else None
+    made_with = manifest.vocab_size if manifest else None
+    padded = rows % 8 == 0  # rows are rounded up in eights at least
+    if len(tokenizer) < (made_with or (0 if padded else rows)):
+        raise DoesNotFit(
+            f"The tokenizer has {len(tokenizer):,} pieces, {place} is a model of {made_with or rows:,}; use the tokenizer "
+            "that it was made with."
+        )
     if len(tokenizer) > rows:
         raise DoesNotFit(
             f"The tokenizer has {len(tokenizer):,} pieces, {place} only {rows:,} rows; grow it first with "
             "chinese-llama extend-model."
+        )
+
+
+def check_tokenizer(place: Path, tokenizer: Any, name: str) -> None:
+    """Raise DoesNotFit if the model in `place` has a tokenizer beside it whose pieces are not the first ones of
+    `tokenizer` (called `name`): its rows would stand for other pieces."""
+    if not any((place / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+        return
+    mine, theirs = tokenizer.get_vocab(), load_tokenizer(place).get_vocab()
+    wrong = min((index for piece, index in theirs.items() if mine.get(piece) != index), default=None)
+    if wrong is not None:
+        piece = tokenizer.convert_ids_to_tokens(wrong) if wrong < len(tokenizer) else "nothing"
+        there = next(piece for piece, index in theirs.items() if index == wrong)
+        raise DoesNotFit(
+            f"{name} is not the tokenizer of {place}: id {wrong} is {piece!r} in it, and {there!r} beside the model; "
+            "use the one that the model was made with."
         )
 
 

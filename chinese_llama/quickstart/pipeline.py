@@ -13,8 +13,7 @@ from typing import Any
 
 from chinese_llama import stages
 from chinese_llama.artifacts import Manifest, write_manifest
-from chinese_llama.data.formats import instructions
-from chinese_llama.data.templates import question_of
+from chinese_llama.data.conversations import conversations
 from chinese_llama.directories import new_directory, write_text
 from chinese_llama.errors import OutputExists, UserError
 from chinese_llama.progress import Stopwatch, say
@@ -124,8 +123,8 @@ def measure(workspace: Workspace) -> dict[str, Any]:
         if name not in ("base", "merged"):
             continue
         right = 0
-        for record, keyword in zip(instructions(held_out), _keywords(held_out), strict=True):
-            question = question_of(record)
+        for (asked, _), keyword in zip(conversations(held_out), _keywords(held_out), strict=True):
+            question = asked["content"]
             shown = question in SHOWN
             if name == "base" and not shown:
                 continue

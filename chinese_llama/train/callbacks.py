@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import signal
 import sys
 import time
@@ -21,39 +22,65 @@ QUIET = 30.0  # seconds without a line where there is no terminal
 
 
 class JsonLog(TrainerCallback):
-    """Appends every log entry as a line of JSON: step, seconds since the start, and the figures; with a
-    loss also tokens per second since the entry before it, and the peak of GPU memory in GiB.
+    """Appends every log entry as a line of JSON: step, seconds since the start, and the figures.
 
-    After a resume, entries past the checkpoint are dropped first: the log tells one story.
+    With a loss also tokens and characters per second since the entry before it (time for measuring left
+    out), the learning rate of each group, and the peak memory in GiB, of the GPU if there is one, else of
+    the process. After a resume, entries past the checkpoint are dropped first: the log tells one story.
     """
 
-    def __init__(self, path: Path, block_size: int) -> None:
-        self.path, self.block_size = path, block_size
+    def __init__(self, path: Path, block_size: int, characters_per_token: float) -> None:
+        self.path, self.block_size, self.characters = path, block_size, characters_per_token
+        self.paused = 0.0  # seconds that went into measuring
+        self.rates: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.start = time.monotonic()
+        self.paused = 0.0
         self.before = (state.global_step, 0.0)
         if state.is_world_process_zero:
             kept = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step]
+            kept = kept if state.global_step else []
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self.rates = {
+            group["name"]: float(group["lr"]) for group in optimizer.param_groups if "name" in group
+        }
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
             seconds = time.monotonic() - self.start
-            entry = {"step": state.global_step, "seconds": round(seconds, 3), **logs}
+            entry = {"step": state.global_step, "seconds": round(seconds, 3), **_nested(logs)}
             if "loss" in logs:
-                entry |= self._speed(args, state.global_step, seconds)
+                entry |= self._speed(args, state.global_step, seconds - self.paused)
+                entry["learning_rates"] = self.rates
             with open(self.path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
 
     def _speed(self, args: Any, step: int, seconds: float) -> dict[str, float]:
         blocks = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         tokens = (step - self.before[0]) * blocks * self.block_size
-        figures: dict[str, float] = {"tokens_per_second": round(tokens / max(seconds - self.before[1], 1e-9))}
+        speed = tokens / max(seconds - self.before[1], 1e-9)
         self.before = (step, seconds)
+        figures: dict[str, float] = {"tokens_per_second": round(speed)}
+        figures["characters_per_second"] = round(speed * self.characters)
         if torch.cuda.is_available():
-            figures["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        return figures
+            return {**figures, "gpu_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {**figures, "memory_gib": round(peak / 2**30, 2)}
+
+
+def _nested(logs: dict[str, Any]) -> dict[str, Any]:
+    """Entries `eval/zh/bits_per_byte` as {"eval": {"zh": {"bits_per_byte": ...}}}; others as they are."""
+    found: dict[str, Any] = {}
+    for name, value in logs.items():
+        place = found
+        *above, last = name.split("/")
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return found
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

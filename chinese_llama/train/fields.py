@@ -10,18 +10,26 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from chinese_llama import stages, workspace
-from chinese_llama.config import load_yaml, parse_fields, typed
-from chinese_llama.data.formats import corpus_files
+from chinese_llama.config import load_yaml, parse_fields, parse_value, typed
 from chinese_llama.data.mixture import sources
 from chinese_llama.errors import UserError, nearest
 from chinese_llama.hub import local
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
-EMBEDDINGS = ("new-rows", "full", "frozen")
+CHOICES = {
+    "embeddings": ("new-rows", "full", "frozen"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "quantization": ("none", "nf4", "int8"),
+    "on_regression": ("warn", "stop"),
+    "too_long": ("drop", "truncate"),
+    "bad_records": ("stop", "skip"),
+}
 DEFAULTS = {  # of TrainingArguments, for both recipes
     "per_device_train_batch_size": 8,
     "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # we stop instead
     "save_steps": 200,
+    "eval_steps": 200,
     "save_total_limit": 2,
     "report_to": "none",
     "remove_unused_columns": False,
@@ -31,20 +39,30 @@ DEFAULTS = {  # of TrainingArguments, for both recipes
 NUMBERS = ("int", "float", "<class 'int'>", "<class 'float'>")
 NOT_TAKEN = {
     "resume_from_checkpoint": "the same command goes on by itself",
-    "eval_strategy": "measure the result with chinese-llama eval",
-    "do_eval": "measure the result with chinese-llama eval",
+    "eval_strategy": "give eval_text or eval_split; they are measured every eval_steps",
+    "do_eval": "give eval_text or eval_split; they are measured every eval_steps",
     "push_to_hub": "upload the finished directory instead",
 }
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What may change between a run and its continuation, and does not make another adapter.
+NEUTRAL = (
+    "logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_text", "report_to", "run_name", "force", "dry_run",
+    "prepared_dir", "max_regression", "on_regression", "dataloader_num_workers", "dataloader_pin_memory",
+    "logging_nan_inf_filter", "disable_tqdm", "ddp_timeout", "remove_unused_columns",
+)  # fmt: skip
 
 
 @dataclass
 class Fields:
     """Fields of both recipes; `TrainingArguments` has the others.
 
-    `embeddings`: which rows of the vocabulary train: those of the new pieces, all, or none.
-    `adapters`: baked into the base before training, in order. `dtype`: of the frozen weights; auto
-    is bfloat16 on a GPU that has it, else float32. `force`: replace an output that is there.
+    `embeddings`: which rows of the vocabulary train: those of the new pieces, all, or none; they have a
+    learning rate of their own (`embedding_learning_rate`), and for the first `rows_only_steps` they train
+    alone. `adapters`: baked into the base before training, in order. `init_adapter`: go on training this
+    adapter, whose own settings then hold. `dtype`: of the frozen weights; auto is bfloat16 on a GPU that
+    has it, else float32. `eval_text`: {name: file} of texts that are measured at the first step, every
+    `eval_steps` and at the last; `max_regression`: {name: share} by which the bits per byte of a text may
+    rise over the first figure. `prepared_dir`: where packed data is kept. `force`: replace an output that
+    is there.
     """
 
     model_name_or_path: str = ""
@@ -55,21 +73,65 @@ class Fields:
     lora_alpha: float = 32
     lora_dropout: float = 0.05
     lora_target_modules: list[str] = field(default_factory=lambda: list(PROJECTIONS))
+    use_rslora: bool = False
+    use_dora: bool = False
+    loraplus_lr_ratio: float | None = None
     embeddings: str = "new-rows"
+    embedding_learning_rate: float | None = None  # default: learning_rate
+    rows_only_steps: int = 0
     adapters: list[str] = field(default_factory=list)
+    init_adapter: str | None = None
+    quantization: str = "none"
     dtype: str = "auto"
+    eval_text: Any = None
+    max_regression: Any = None
+    on_regression: str = "warn"
+    prepared_dir: str | None = None  # default: `prepared` beside the output
+    dry_run: bool = False
     force: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of a block."""
+        raise NotImplementedError
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer lies: as given, else beside the adapter that goes on, else beside the model."""
+        beside = self.init_adapter and (Path(self.init_adapter) / "tokenizer_config.json").is_file()
+        return (
+            self.tokenizer_name_or_path or (self.init_adapter if beside else None) or self.model_name_or_path
+        )
 
 
 @dataclass
 class PretrainingFields(Fields):
+    """`eval_split`: share of the documents that is held out, by hash of the text, and measured like
+    `eval_text`. `cross_document_attention`: let the documents of a block see each other."""
+
     block_size: int = 512
+    eval_split: float = 0.0
+    cross_document_attention: bool = False
+
+    @property
+    def length(self) -> int:
+        return self.block_size
 
 
 @dataclass
 class TuningFields(Fields):
+    """`template`: a name, or a .jinja file. `too_long`: a conversation that does not fit is cut back to
+    whole turns, and if none fits dropped, or its answer truncated. `bad_records`: a malformed record stops
+    the run, or is skipped and counted."""
+
     template: str = "chinese-alpaca"
     max_seq_length: int = 512
+    too_long: str = "drop"
+    bad_records: str = "stop"
+
+    @property
+    def length(self) -> int:
+        return self.max_seq_length
 
 
 F = TypeVar("F", bound=Fields)
@@ -124,10 +186,10 @@ def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[st
             training[key] = "no"  # what YAML makes of `save_strategy: no`
     _check_training(name, training, fields)
     for source in sources(fields.data):
-        corpus_files(source.path)
+        source.list_files()  # complain about the data before anything is made or loaded
     if not fields.model_name_or_path and found:
         fields.model_name_or_path = str(_base_for_training(found))
-    for place in ("model_name_or_path", "tokenizer_name_or_path"):
+    for place in ("model_name_or_path", "tokenizer_name_or_path", "init_adapter"):
         if getattr(fields, place):
             setattr(fields, place, str(local(getattr(fields, place))))
     return Recipe(name, fields, training, found, keep and found is not None)
@@ -138,10 +200,16 @@ def _section(found: workspace.Workspace | None, name: str) -> dict[str, Any]:
     if found is None:
         return {}
     section = dict(getattr(found.settings, name))
-    for place in ("model_name_or_path", "tokenizer_name_or_path", "data"):
+    for place in ("model_name_or_path", "tokenizer_name_or_path", "data", "prepared_dir"):
         if section.get(place) is not None:
             section[place] = found.paths(section[place])
+    for place in ("init_adapter", "template"):
+        if section.get(place) is not None and found.path(section[place]).exists():
+            section[place] = str(found.path(section[place]))
     section["output_dir"] = str(found.path(section["output_dir"]))
+    texts = section.get("eval_text", found.settings.eval.text)
+    if isinstance(texts, dict):
+        section["eval_text"] = {set_: str(found.path(file)) for set_, file in texts.items()}
     if "adapters" in section:
         adapters = section["adapters"] or []
         section["adapters"] = [found.item(a) for a in ([adapters] if isinstance(adapters, str) else adapters)]
@@ -149,16 +217,44 @@ def _section(found: workspace.Workspace | None, name: str) -> dict[str, Any]:
 
 
 def _check(fields: Fields, where: str) -> None:
-    for name, known in (("embeddings", EMBEDDINGS), ("dtype", DTYPES)):
-        value = getattr(fields, name)
+    for name, known in CHOICES.items():
+        value = getattr(fields, name, known[0])
         if value not in known:
             raise UserError(
                 f"{where}: {name}: {value!r} is none of {', '.join(known)}{nearest(value, known)}."
             )
-    length = getattr(fields, "block_size", None) or getattr(fields, "max_seq_length", None)
-    for name, number in (("lora_r", fields.lora_r), ("block_size or max_seq_length", length)):
-        if number is None or number < 1:
-            raise UserError(f"{where}: {name} must be at least 1.")
+    length = "block_size" if isinstance(fields, PretrainingFields) else "max_seq_length"
+    for name, least in (("lora_r", 1), (length, 2)):
+        if getattr(fields, name) < least:
+            raise UserError(f"{where}: {name} must be at least {least}.")
+    for name in ("rows_only_steps", "embedding_learning_rate", "loraplus_lr_ratio"):
+        if (getattr(fields, name) or 0) < 0:
+            raise UserError(f"{where}: {name} must not be negative.")
+    if fields.use_dora and fields.quantization == "int8":
+        raise UserError(f"{where}: use_dora does not go with quantization: int8; take nf4 or none.")
+    if fields.embeddings == "frozen" and (fields.rows_only_steps or fields.embedding_learning_rate):
+        raise UserError(f"{where}: embeddings: frozen trains no rows; leave the settings for rows out.")
+    fields.eval_text = {
+        name: str(file) for name, file in _pairs(fields.eval_text, "eval_text", where).items()
+    }
+    limits = _pairs(fields.max_regression, "max_regression", where)
+    for name, limit in limits.items():
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < 0:
+            raise UserError(f"{where}: max_regression: {name}: {limit!r} is not a share such as 0.02.")
+    fields.max_regression = limits
+
+
+def _pairs(value: Any, name: str, where: str) -> dict[str, Any]:
+    """{name: value} from a mapping, or from `name=value` words as a command line has them."""
+    if value is None or isinstance(value, dict):
+        return {str(key): item for key, item in (value or {}).items()}
+    found: dict[str, Any] = {}
+    for item in value if isinstance(value, list) else [value]:
+        key, equals, text = str(item).partition("=")
+        if not (key and equals and text):
+            raise UserError(f"{where}: {name}: {item!r}: write NAME=VALUE.")
+        found[key] = parse_value(name, text)
+    return found
 
 
 def _base_for_training(found: workspace.Workspace) -> Path:
@@ -196,7 +292,7 @@ def training_arguments(recipe: Recipe[Any], directory: Path) -> Any:
 
     try:
         arguments = TrainingArguments(**recipe.training, output_dir=str(directory))
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"{recipe.name}: {str(error).strip().splitlines()[0]}") from error
     if arguments.n_gpu > 1:  # one process trains on one GPU; several GPUs want several processes
         arguments._n_gpu = 1

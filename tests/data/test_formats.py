@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chinese_llama.data.formats import as_paths, corpus_files, documents, instructions, texts
+from chinese_llama.data.formats import as_paths, corpus_files, documents, texts
 from chinese_llama.errors import BadFile, UserError
 
 TEXTS = ["中国的首都是北京。", "The quick brown fox.", "  leading  and 😀 trailing  "]
@@ -166,40 +166,8 @@ def test_documents_before_a_bad_line_are_given(tmp_path: Path) -> None:
 RECORD = {"instruction": "译成英文", "input": "你好", "output": "Hello"}
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.zst"])
-def test_instructions_in_every_format(tmp_path: Path, name: str) -> None:
-    bare = {"instruction": "问", "output": "答"}
-    records = [RECORD, bare, {**RECORD, "input": None, "id": 3}]
-    text = json.dumps(records) if ".json." in name + "." else "\n".join(map(json.dumps, records))
-    path = put(tmp_path / name, PACK[path_packing(name)](text.encode()))
-    assert list(instructions(path)) == [RECORD, {**bare, "input": ""}, {**RECORD, "input": ""}]
-
-
 def path_packing(name: str) -> str:
     return next((packing for packing in (".gz", ".zst") if name.endswith(packing)), "")
-
-
-def test_instructions_from_parquet(tmp_path: Path) -> None:
-    table = pyarrow.table({key: [value] * 3 for key, value in RECORD.items()})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert list(instructions(tmp_path / "a.parquet")) == [RECORD] * 3
-
-
-@pytest.mark.parametrize(
-    ("name", "raw", "message"),
-    [
-        ("a.txt", "text\n", r"a\.txt: is plain text; instructions come as \.jsonl"),
-        ("a.jsonl", "", r"a\.jsonl: holds no instructions"),
-        ("a.jsonl", '{"output": "x"}', r"line 1: has no 'instruction'"),
-        ("a.jsonl", json.dumps(RECORD) + '\n{"instruction": "x"}', r"line 2: has no 'output'"),
-        ("a.jsonl", '{"instruction": "x", "output": " "}', r"a\.jsonl: holds no instructions"),
-        ("a.jsonl", '{"instruction": ["x"], "output": "y"}', r"line 1: the field 'instruction' is not text"),
-        ("a.jsonl", '"text"', r"line 1: is not a record with instruction and output"),
-    ],
-)
-def test_broken_instructions_say_where_and_what(tmp_path: Path, name: str, raw: str, message: str) -> None:
-    with pytest.raises(BadFile, match=message):
-        list(instructions(put(tmp_path / name, raw)))
 
 
 def test_as_paths() -> None:
@@ -214,15 +182,6 @@ def test_real_files_are_read_to_the_end(data: Path) -> None:
     texts = list(documents(data / "en_pretrain.jsonl.gz"))
     assert len(texts) == 330
     assert all(text.strip() for text in texts)
-
-
-def test_records_without_an_answer_are_left_out_and_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = [json.dumps(RECORD), '{"instruction": "x", "output": ""}', json.dumps(RECORD)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert list(instructions(tmp_path / "a.jsonl")) == [RECORD] * 2
-    assert "left out 1 of 3 records" in capsys.readouterr().err
 
 
 CONVERSATION = {

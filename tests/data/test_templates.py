@@ -1,8 +1,9 @@
-"""The prompt of the published models to the letter, and which tokens are learnt."""
+"""The published texts to the letter, their ids, what is learnt of them, and that users' texts stay texts."""
 
 from __future__ import annotations
 
-import shutil
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,117 +11,468 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chinese_llama.data.conversations import Message
 from chinese_llama.data.templates import (
     IGNORE,
+    TEMPLATES,
+    Sample,
     find_template,
+    fit_template,
     prompt_ids,
-    prompt_text,
-    question_of,
-    sample,
+    samples,
+    stop_ids,
     text_ids,
 )
-from chinese_llama.errors import UserError
+from chinese_llama.errors import BadFile, UserError
+from chinese_llama.model.load import load_tokenizer
+from chinese_llama.model.resize import copy_tokenizer, save_chat_template
 from chinese_llama.vocab.proto import encoder, read_model
+from tests import tiny
 
-INTRO = (
-    "Below is an instruction that describes a task. "
+KINDS = ("sentencepiece", "byte-level")
+MARKERS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+BELOW = "Below is an instruction that describes a task"
+INTRO = f"{BELOW}. Write a response that appropriately completes the request.\n\n"
+INPUT_INTRO = (
+    f"{BELOW}, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
 )
-TEMPLATE = find_template("chinese-alpaca")
-TEXTS = st.text(alphabet="中国的 首都ab1{}%\"'\\\n\t<s>/▁😀", max_size=30)
+CURIOUS = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+HELPFUL = "You are a helpful assistant. 你是一个乐于助人的助手。"
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def system(content: str) -> Message:
+    return {"role": "system", "content": content}
+
+
+WITH_INPUT = {**user("反义词\n大"), "instruction": "反义词", "input": "大"}
+TWO_TURNS = [user("问一"), assistant("答一"), user("问二"), assistant("The end")]
+INPUT_FIRST = [WITH_INPUT, assistant("小")]
+SYSTEM_FIRST = [system("简短"), user("问一"), assistant("答一"), user("问二"), assistant("答二")]
+# What each template makes of a conversation: {s} is bos, {e} eos, ‖ where the prompt for an answer ends.
+PUBLISHED = [
+    ("chinese-alpaca", TWO_TURNS,
+     "{s}" + INTRO + "### Instruction:\n问一\n\n### Response: ‖答一{e}"
+     "\n\n### Instruction:\n问二\n\n### Response: ‖The end{e}\n\n"),
+    ("chinese-alpaca", INPUT_FIRST, "{s}" + INTRO + "### Instruction:\n反义词\n大\n\n### Response: ‖小{e}\n\n"),
+    ("chinese-alpaca", SYSTEM_FIRST,
+     "{s}" + INTRO + "### Instruction:\n简短\n问一\n\n### Response: ‖答一{e}"
+     "\n\n### Instruction:\n问二\n\n### Response: ‖答二{e}\n\n"),
+    ("stanford-alpaca", TWO_TURNS,
+     "{s}" + INTRO + "### Instruction:\n问一\n\n### Response:‖答一{e}"
+     "\n\n### Instruction:\n问二\n\n### Response:‖The end{e}\n\n"),
+    ("stanford-alpaca", INPUT_FIRST,
+     "{s}" + INPUT_INTRO + "### Instruction:\n反义词\n\n### Input:\n大\n\n### Response:‖小{e}\n\n"),
+    ("stanford-alpaca", [system("简短"), *INPUT_FIRST],
+     "{s}" + INPUT_INTRO + "### Instruction:\n简短\n反义词\n\n### Input:\n大\n\n### Response:‖小{e}\n\n"),
+    ("stanford-alpaca", [user("问一"), assistant("答一"), *INPUT_FIRST],
+     "{s}" + INTRO + "### Instruction:\n问一\n\n### Response:‖答一{e}"
+     "\n\n### Instruction:\n反义词\n\n### Input:\n大\n\n### Response:‖小{e}\n\n"),
+    ("alpaca-2", TWO_TURNS,
+     "{s}[INST] <<SYS>>\n" + HELPFUL + "\n<</SYS>>\n\n问一 [/INST]‖ 答一{e}{s}[INST] 问二 [/INST]‖ The end{e}"),
+    ("alpaca-2", SYSTEM_FIRST,
+     "{s}[INST] <<SYS>>\n简短\n<</SYS>>\n\n问一 [/INST]‖ 答一{e}{s}[INST] 问二 [/INST]‖ 答二{e}"),
+    ("alpaca-2", INPUT_FIRST, "{s}[INST] <<SYS>>\n" + HELPFUL + "\n<</SYS>>\n\n反义词\n大 [/INST]‖ 小{e}"),
+    ("vicuna", TWO_TURNS, "{s}" + CURIOUS + " USER: 问一 ASSISTANT:‖ 答一{e}USER: 问二 ASSISTANT:‖ The end{e}"),
+    ("vicuna", SYSTEM_FIRST, "{s}简短 USER: 问一 ASSISTANT:‖ 答一{e}USER: 问二 ASSISTANT:‖ 答二{e}"),
+    ("belle", TWO_TURNS, "{s}Human: 问一\n\nAssistant: ‖答一{e}\n\nHuman: 问二\n\nAssistant: ‖The end{e}\n\n"),
+    ("belle", SYSTEM_FIRST, "{s}Human: 简短\n问一\n\nAssistant: ‖答一{e}\n\nHuman: 问二\n\nAssistant: ‖答二{e}\n\n"),
+    ("ziya", TWO_TURNS, "{s}<human>:问一\n<bot>:‖ 答一{e}<human>:问二\n<bot>:‖ The end{e}"),
+    ("ziya", SYSTEM_FIRST, "{s}<human>:简短\n问一\n<bot>:‖ 答一{e}<human>:问二\n<bot>:‖ 答二{e}"),
+    ("chatml", TWO_TURNS,
+     "<|im_start|>user\n问一<|im_end|>\n<|im_start|>assistant\n‖答一<|im_end|>\n"
+     "<|im_start|>user\n问二<|im_end|>\n<|im_start|>assistant\n‖The end<|im_end|>\n"),
+    ("chatml", [system("简短"), *INPUT_FIRST],
+     "<|im_start|>system\n简短<|im_end|>\n<|im_start|>user\n反义词\n大<|im_end|>\n<|im_start|>assistant\n‖小<|im_end|>\n"),
+    ("llama-3", TWO_TURNS,
+     "{s}<|start_header_id|>user<|end_header_id|>\n\n问一<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n‖答一<|eot_id|>"
+     "<|start_header_id|>user<|end_header_id|>\n\n问二<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n‖The end<|eot_id|>"),
+    ("llama-3", SYSTEM_FIRST[:3],
+     "{s}<|start_header_id|>system<|end_header_id|>\n\n简短<|eot_id|>"
+     "<|start_header_id|>user<|end_header_id|>\n\n问一<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n‖答一<|eot_id|>"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def tuned(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The extended tokenizer with the template saved beside it, as sft_lora saves it."""
-    from transformers import AutoTokenizer
-
-    directory = tmp_path_factory.mktemp("tuned") / "tokenizer"
-    shutil.copytree(tokenizer, directory)
-    (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    return AutoTokenizer.from_pretrained(str(directory))
+def tokenizers(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The extended SentencePiece tokenizer, and a byte-level one with the markers of ChatML and Llama-3."""
+    backend = tiny.byte_level()
+    backend.add_special_tokens(MARKERS)
+    byte_level = tiny.write_byte_level(tmp_path_factory.mktemp("byte_level"), backend)
+    return {"sentencepiece": load_tokenizer(tokenizer), "byte-level": load_tokenizer(byte_level)}
 
 
-def test_the_prompt_of_chinese_alpaca_to_the_letter() -> None:
-    assert prompt_text(TEMPLATE, "中国的首都是哪里？") == (
-        INTRO + "### Instruction:\n中国的首都是哪里？\n\n### Response: "
+def whole(tokenizer: Any, name: str, messages: list[Message]) -> Sample:
+    return samples(tokenizer, fit_template(find_template(name), tokenizer), [messages])[0]
+
+
+def expected(published: str, tokenizer: Any, encode: Callable[[str], list[int]]) -> Sample:
+    """Ids, labels and ends from a published text with ‖ before answers, by a tokenizer's own library: text
+    between control tokens is encoded as one, an answer is what it adds to its prompt; but after a prompt
+    that ends in a space it is encoded apart."""
+    text = published.replace("{s}", tokenizer.bos_token).replace("{e}", tokenizer.eos_token)
+    controls = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
+    controls |= {
+        token: tokenizer.convert_tokens_to_ids(token) for token in MARKERS if token in tokenizer.vocab
+    }
+    if "<|im_end|>" not in controls:  # eos ends every turn, bos comes first
+        text = re.sub(r"<\|im_end\|>|<\|eot_id\|>", tokenizer.eos_token, text)
+        text = text if text.startswith(tokenizer.bos_token) else tokenizer.bos_token + text
+    made = Sample([], [])
+    before, answering = "", False
+    for part in re.split("(‖|" + "|".join(map(re.escape, controls)) + ")", text):
+        if part == "‖":
+            answering = True
+            continue
+        if part in controls:
+            ids = [controls[part]]
+        elif answering and before and not before.endswith(" "):
+            ids = encode(before + part)[len(encode(before)) :]
+        else:
+            ids = encode(part)
+        made.input_ids += ids
+        made.labels += ids if answering else [IGNORE] * len(ids)
+        if answering and part in controls:
+            made.turns.append(len(made.input_ids))
+            answering = False
+        before = "" if part in controls else part
+    end = made.turns[-1]
+    return Sample(made.input_ids[:end], made.labels[:end], made.turns)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "messages", "published"), PUBLISHED)
+def test_texts_ids_and_what_is_learnt_are_the_published_ones(
+    tokenizers: dict[str, Any], tokenizer: Path, kind: str, name: str, messages: Any, published: str
+) -> None:
+    used = tokenizers[kind]
+    spm = encoder(read_model(tokenizer / "tokenizer.model"))
+
+    def encode(text: str) -> list[int]:
+        if kind == "sentencepiece":
+            return spm.encode(text)
+        return used.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    assert whole(used, name, messages) == expected(published, used, encode)
+    if kind == "byte-level":
+        text = published.replace("{s}", used.bos_token).replace("{e}", used.eos_token).replace("‖", "")
+        assert used.apply_chat_template(messages, chat_template=TEMPLATES[name], tokenize=False) == text
+
+
+def test_every_template_is_among_the_published_ones() -> None:
+    assert {name for name, _, _ in PUBLISHED} == set(TEMPLATES)
+
+
+@pytest.fixture(scope="module")
+def llama(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The real LLaMA tokenizer, and SentencePiece's own encoder of it."""
+    directory = tmp_path_factory.mktemp("llama")
+    copy_tokenizer(data / "tokenizers" / "llama", directory)
+    return load_tokenizer(directory), encoder(read_model(directory / "tokenizer.model"))
+
+
+@pytest.mark.parametrize(("name", "messages", "published"), PUBLISHED)
+def test_on_llamas_tokenizer_ids_are_the_published_ones(
+    llama: tuple[Any, Any], name: str, messages: Any, published: str
+) -> None:
+    tokenizer, spm = llama
+    assert whole(tokenizer, name, messages) == expected(published, tokenizer, spm.encode)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("chinese-alpaca", f"{INTRO}### Instruction:\n中国的首都是哪里？\n\n### Response: "),
+        ("alpaca-2", f"[INST] <<SYS>>\n{HELPFUL}\n<</SYS>>\n\n中国的首都是哪里？ [/INST]"),
+        ("ziya", "<human>:中国的首都是哪里？\n<bot>:"),
+        ("belle", "Human: 中国的首都是哪里？\n\nAssistant: "),
+    ],
+)
+@pytest.mark.parametrize("answer", ["北京。", "Beijing is.", "1) 北京", "\n北京", "</s>"])
+def test_these_models_were_trained_on_prompt_and_answer_tokenised_apart(
+    llama: tuple[Any, Any], name: str, prompt: str, answer: str
+) -> None:
+    """With bos before the prompt and eos after the answer, as their published code does."""
+    tokenizer, spm = llama
+    made = whole(tokenizer, name, [user("中国的首都是哪里？"), assistant(answer)])
+    question = [spm.bos_id(), *spm.encode(prompt)]
+    learnt = [*spm.encode(answer), spm.eos_id()]
+    assert made == Sample(question + learnt, [IGNORE] * len(question) + learnt, [len(question + learnt)])
+
+
+def test_ids_of_a_chinese_alpaca_sample_on_llamas_tokenizer(llama: tuple[Any, Any]) -> None:
+    made = whole(llama[0], "chinese-alpaca", [user("你好"), assistant("您好")])
+    assert made.input_ids[0] == 1 and made.input_ids[-1] == 2
+    shown = llama[0].convert_ids_to_tokens(made.input_ids)
+    assert shown[-17:] == [
+        ":", "<0x0A>", "你", "好", "<0x0A>", "<0x0A>", "##", "#", "▁Response", ":", "▁",
+        "▁", "<0xE6>", "<0x82>", "<0xA8>", "好", "</s>",
+    ]  # fmt: skip
+    assert [label != IGNORE for label in made.labels[-17:]] == [False] * 11 + [True] * 6
+
+
+# Texts with control tokens, markers of templates, white space and characters of several tokens.
+PARTS = [
+    "<s>", "</s>", "<unk>", "<|begin|>", "<|end|>", *MARKERS, "[INST]", "[/INST]", "### Response: ", "ASSISTANT:",
+    "{{ eos_token }}", "{%", " ", "  ", "\n", "\t", "中国", "的首都", "答", "😀", "é", "a", "The ", "1", ":", "▁", "\\n", "'",
+    "\x1f", "\ue000", "\U000f0000",
+]  # fmt: skip
+TEXTS = st.lists(st.sampled_from(PARTS), min_size=1, max_size=6).map("".join)
+
+
+@st.composite
+def talks(draw: st.DrawFn, texts: st.SearchStrategy[str] = TEXTS) -> list[Message]:
+    """A conversation, some of its questions with an input, and a system message or none."""
+    messages = [system(draw(texts))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        question, given = draw(texts), draw(texts)
+        with_input = {**user(f"{question}\n{given}"), "instruction": question, "input": given}
+        messages += [draw(st.sampled_from([user(question), with_input])), assistant(draw(texts))]
+    return messages
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@settings(max_examples=20, deadline=None)
+@given(messages=talks())
+def test_samples_begin_with_their_prompts_and_exactly_answers_and_their_ends_are_learnt(
+    tokenizers: dict[str, Any], name: str, kind: str, messages: list[Message]
+) -> None:
+    tokenizer = tokenizers[kind]
+    template = fit_template(find_template(name), tokenizer)
+    made = samples(tokenizer, template, [messages])[0]
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = [prompt_ids(tokenizer, template, messages[:index]) for index in answers]
+    learnt = [False] * len(made.input_ids)
+    for prompt, end in zip(prompts, made.turns, strict=True):
+        assert made.input_ids[: len(prompt)] == prompt
+        assert len(prompt) < end and made.input_ids[end - 1] in stop_ids(tokenizer, template)
+        learnt[len(prompt) : end] = [True] * (end - len(prompt))
+    wanted = [one if is_learnt else IGNORE for one, is_learnt in zip(made.input_ids, learnt, strict=True)]
+    assert made.labels == wanted and made.turns[-1] == len(made.input_ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@settings(max_examples=20, deadline=None)
+@given(messages=talks())
+def test_control_tokens_in_users_texts_stay_text(
+    tokenizers: dict[str, Any], name: str, kind: str, messages: list[Message]
+) -> None:
+    """A conversation has the control tokens of one of the same shape with plain texts, in the same order."""
+    tokenizer = tokenizers[kind]
+    plain = [{name: "a" if name != "role" else text for name, text in m.items()} for m in messages]
+    controls = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = [
+        [index for index in whole(tokenizer, name, one).input_ids if index in controls]
+        for one in (messages, plain)
+    ]
+    if kind == "sentencepiece":  # byte fallback: whatever is not in the vocabulary is bytes, never <unk>
+        assert tokenizer.unk_token_id not in found[0]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@settings(max_examples=15, deadline=None)
+@given(content=TEXTS)
+def test_any_text_stands_in_the_prompt_as_it_is(
+    tokenizers: dict[str, Any], name: str, kind: str, content: str
+) -> None:
+    tokenizer = tokenizers[kind]
+    template = fit_template(find_template(name), tokenizer)
+    told = tokenizer.decode(prompt_ids(tokenizer, template, [user(content)]))
+    if kind == "sentencepiece":
+        content = content.replace("▁", " ")  # SentencePiece's own mark for a space
+    assert (content.strip() if name == "llama-3" else content) in told
+
+
+# What is between control tokens goes to the tokenizer as one text there, so an answer's first token may join
+# with the end of its prompt: after a space always, after a colon (stanford-alpaca) in byte-level words.
+JOINED = {("chinese-alpaca", kind) for kind in KINDS} | {("belle", kind) for kind in KINDS}
+JOINED |= {("stanford-alpaca", "byte-level")}
+WORDS = st.lists(st.sampled_from(["中国", "答", "The", "a b", "1,\n\n2", "😀", "。", "é"]), min_size=1).map(
+    "".join
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@settings(max_examples=15, deadline=None)
+@given(messages=talks(WORDS))
+def test_other_programs_get_the_same_ids_from_the_saved_template(
+    tokenizers: dict[str, Any], name: str, kind: str, messages: list[Message]
+) -> None:
+    tokenizer = tokenizers[kind]
+    template = fit_template(find_template(name), tokenizer)
+    options = {
+        "chat_template": template,
+        "return_dict": False,
+        "tokenizer_kwargs": {"split_special_tokens": False},
+    }
+    first = messages[: next(n for n, message in enumerate(messages) if message["role"] == "assistant")]
+    theirs = tokenizer.apply_chat_template(first, add_generation_prompt=True, **options)
+    assert theirs == prompt_ids(tokenizer, template, first), "a prompt without a history is always the same"
+    if (name, kind) not in JOINED:
+        ours = samples(tokenizer, template, [messages])[0].input_ids
+        theirs = tokenizer.apply_chat_template(messages, **options)
+        assert theirs[: len(ours)] == ours
+        asked = messages[:-1]
+        theirs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)
+        assert theirs == prompt_ids(tokenizer, template, asked)
+
+
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"chinese-alpaca", "belle"}))
+def test_on_llamas_tokenizer_other_programs_get_the_same_ids(llama: tuple[Any, Any], name: str) -> None:
+    tokenizer, _ = llama
+    template = fit_template(find_template(name), tokenizer)
+    for messages in (TWO_TURNS, SYSTEM_FIRST, [*INPUT_FIRST, *TWO_TURNS]):
+        ours = samples(tokenizer, template, [messages])[0].input_ids
+        kwargs = {"split_special_tokens": False}
+        theirs = tokenizer.apply_chat_template(
+            messages, chat_template=template, return_dict=False, tokenizer_kwargs=kwargs
+        )
+        assert theirs[: len(ours)] == ours
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_a_saved_tokenizer_asks_as_training_did(
+    tokenizers: dict[str, Any], tokenizer: Path, tmp_path: Path, name: str
+) -> None:
+    """Nothing but the directory: its template, and that it reads the control tokens the template writes."""
+    template = fit_template(find_template(name), tokenizers["sentencepiece"])
+    copy_tokenizer(tokenizer, tmp_path)
+    save_chat_template(tmp_path, template)
+    saved = load_tokenizer(tmp_path)
+    assert saved.chat_template == template
+    ids = saved.apply_chat_template([user("你好")], add_generation_prompt=True, return_dict=False)
+    assert ids == prompt_ids(tokenizers["sentencepiece"], template, [user("你好")])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_conversations_at_once_are_as_each_alone(tokenizers: dict[str, Any], kind: str) -> None:
+    talks = [messages for _, messages, _ in PUBLISHED] * 2
+    for name in TEMPLATES:
+        template = fit_template(find_template(name), tokenizers[kind])
+        one_by_one = [samples(tokenizers[kind], template, [messages])[0] for messages in talks]
+        assert samples(tokenizers[kind], template, talks) == one_by_one
+    assert samples(tokenizers[kind], TEMPLATES["vicuna"], []) == []
+
+
+def test_white_space_that_a_template_trims_is_trimmed(tokenizers: dict[str, Any]) -> None:
+    tokenizer = tokenizers["byte-level"]
+    spaced = [user(" \n问一 "), assistant("\n 答一\n")]
+    assert whole(tokenizer, "llama-3", spaced) == whole(
+        tokenizer, "llama-3", [user("问一"), assistant("答一")]
     )
+    assert whole(tokenizer, "chatml", spaced) != whole(tokenizer, "chatml", [user("问一"), assistant("答一")])
+    left = "{% for m in messages %}{{ m['content'].lstrip() + eos_token }}{% endfor %}"
+    found = samples(tokenizer, left, [[*spaced, user(" a "), assistant(" a ")]])[0]
+    assert tokenizer.decode(found.input_ids) == "问一 <|end|>答一\n<|end|>a <|end|>a <|end|>"
 
 
-@settings(max_examples=50, deadline=None)
-@given(question=TEXTS)
-def test_any_question_stands_in_the_prompt_as_it_is(question: str) -> None:
-    """Quotes, braces, backslashes and control tokens of a user are text to the template."""
-    assert prompt_text(TEMPLATE, question) == f"{INTRO}### Instruction:\n{question}\n\n### Response: "
+def test_a_tokenizer_that_lacks_the_end_of_turn_writes_eos_instead(tokenizers: dict[str, Any]) -> None:
+    lacking, having = tokenizers["sentencepiece"], tokenizers["byte-level"]
+    for name, token in (("chatml", "<|im_end|>"), ("llama-3", "<|eot_id|>")):
+        template = find_template(name)
+        assert token in template and fit_template(template, having) == template
+        fitted = fit_template(template, lacking)
+        assert token not in fitted and "</s>" in fitted and fitted.count("bos_token") == 1
+        assert fit_template(fitted, lacking) == fitted
+        assert stop_ids(lacking, fitted) == [lacking.eos_token_id]
+        assert stop_ids(having, template) == [having.eos_token_id, having.convert_tokens_to_ids(token)]
+    for name in set(TEMPLATES) - {"chatml", "llama-3"}:
+        assert fit_template(find_template(name), lacking) == find_template(name)
+        assert stop_ids(lacking, find_template(name)) == [lacking.eos_token_id]
 
 
-def test_input_is_joined_to_the_instruction_with_a_newline() -> None:
-    assert question_of({"instruction": "写出反义词。", "input": "大", "output": "小"}) == "写出反义词。\n大"
-    assert question_of({"instruction": "写诗。", "input": "", "output": "x"}) == "写诗。"
-    assert question_of({"instruction": "写诗。", "output": "x"}) == "写诗。"
+# What a template of one's own may do: think before it answers, use control tokens as text and the other way.
+OWN = """\
+{%- for m in messages %}
+{%- if m.role == 'user' %}{{ '<|begin|>Q: ' + m.content + '\\n' }}
+{%- elif m.role == 'assistant' %}{{ 'A:<|pad|>\\n\\n' + m.content | trim + '\\n<|end|>' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}A:{% endif %}
+"""
+
+
+def test_a_template_of_ones_own_from_a_file(tokenizers: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(OWN, encoding="utf-8")
+    template = find_template(str(tmp_path / "own.jinja"))
+    assert template == OWN
+    tokenizer = tokenizers["byte-level"]
+    made = samples(tokenizer, template, [[user("问<|end|>"), assistant(" 答 ")]])[0]
+    end, pad, begin = (
+        tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|pad|>", "<|begin|>")
+    )
+    prompt = [begin, *text_ids(tokenizer, "Q: 问<|end|>\nA:")]
+    learnt = [pad, *text_ids(tokenizer, "\n\n答\n"), end]
+    assert made == Sample(prompt + learnt, [IGNORE] * len(prompt) + learnt, [len(prompt + learnt)])
+
+
+WRONG = [
+    ("{{ messages[0].content", r"cannot be rendered \(unexpected end"),
+    ("{{ raise_exception('system first') }}", r"cannot be rendered \(system first\)"),
+    ("{{ messages[0].content + 1 }}", r"cannot be rendered"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", r"no control token after an answer, .*eos_token"),
+    ("{% for m in messages %}{{ bos_token + m.content }}{% endfor %}", r"no control token after an answer"),
+    ("{% for m in messages if m.role == 'user' %}{{ m.content + eos_token }}{% endfor %}", r"no control token after"),
+    ("{% for m in messages %}{{ m.content + (eos_token if loop.last else '') }}{% endfor %}", r"something else before"),
+    ("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}{{ eos_token }}", r"something else before an answer"),
+    ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}{{ 'A:' if add_generation_prompt }}",
+     r"something else before an answer than where it asks for one \(add_generation_prompt\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "message"), WRONG)
+def test_a_template_that_teaches_something_else_than_it_asks_is_told(
+    tokenizers: dict[str, Any], template: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        samples(tokenizers["byte-level"], template, [TWO_TURNS])
+
+
+def test_a_template_whose_answers_do_not_end_one_by_one_is_told(tokenizers: dict[str, Any]) -> None:
+    """The eos after the last answer is not the end of the first."""
+    template = (
+        "{% for m in messages %}{{ m.content }}"
+        "{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match="no control token after an answer"):
+        samples(tokenizers["byte-level"], template, [TWO_TURNS])
+
+
+def test_generation_does_not_need_a_template_that_is_fit_for_training(tokenizers: dict[str, Any]) -> None:
+    tokenizer = tokenizers["byte-level"]
+    template = "{% for m in messages %}{{ 'Q:' + m.content }}{% endfor %}A:"
+    assert prompt_ids(tokenizer, template, [user("问")]) == text_ids(tokenizer, "Q:问A:")
+    assert stop_ids(tokenizer, template) == [tokenizer.eos_token_id]
 
 
 def test_an_unknown_template_names_those_there_are() -> None:
     with pytest.raises(UserError, match=r"'chinese-alpacca' is unknown \(did you mean 'chinese-alpaca'\?\)"):
         find_template("chinese-alpacca")
-    with pytest.raises(UserError, match=r"'xyz' is unknown; known are chinese-alpaca"):
+    with pytest.raises(UserError, match=r"'xyz' is unknown; known are alpaca-2, .*, or give a \.jinja file"):
         find_template("xyz")
 
 
-def test_prompt_ids_are_bos_and_what_sentencepiece_gives(tuned: Any, tokenizer: Path) -> None:
-    spm = encoder(read_model(tokenizer / "tokenizer.model"))
-    ids = prompt_ids(tuned, TEMPLATE, "你好")
-    assert ids == [spm.bos_id(), *spm.encode(prompt_text(TEMPLATE, "你好"))]
-
-
-@settings(max_examples=50, deadline=None)
-@given(question=TEXTS, answer=TEXTS)
-def test_the_answer_and_its_eos_are_learnt_and_nothing_else(tuned: Any, question: str, answer: str) -> None:
-    made = sample(tuned, TEMPLATE, {"instruction": question, "input": "", "output": answer})
-    prompt = prompt_ids(tuned, TEMPLATE, question)
-    learnt = [label for label in made.labels if label != IGNORE]
-    assert made.input_ids[: len(prompt)] == prompt
-    assert made.labels == [IGNORE] * len(prompt) + made.input_ids[len(prompt) :]
-    assert learnt == [*text_ids(tuned, answer), tuned.eos_token_id]
-
-
-@settings(max_examples=50, deadline=None)
-@given(question=TEXTS, answer=TEXTS)
-def test_a_sample_holds_one_bos_and_one_eos_whatever_the_user_writes(
-    tuned: Any, question: str, answer: str
-) -> None:
-    record = {"instruction": f"<s>{question}</s>", "input": "<unk>", "output": f"</s>{answer}<s>"}
-    ids = sample(tuned, TEMPLATE, record).input_ids
-    special = [index for index in ids if index in tuned.all_special_ids]
-    assert special == [tuned.bos_token_id, tuned.eos_token_id]
-    assert (ids[0], ids[-1]) == tuple(special)
-
-
-def test_the_saved_template_gives_the_same_prompt_text(tuned: Any) -> None:
-    messages = [{"role": "user", "content": "你好"}]
-    assert tuned.chat_template == TEMPLATE
-    text = tuned.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text == "<s>" + prompt_text(TEMPLATE, "你好")
-
-
-def test_the_saved_template_gives_the_same_prompt_ids_when_control_tokens_are_read(tuned: Any) -> None:
-    """By default this tokenizer reads `<s>` as text, also the one that the template writes."""
-    messages = [{"role": "user", "content": "中国的首都是哪里？"}]
-    kwargs = {"split_special_tokens": False}
-    ids = tuned.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=kwargs
-    )
-    assert ids == prompt_ids(tuned, TEMPLATE, "中国的首都是哪里？")
-
-
-def test_a_conversation_ends_each_answer_with_eos(tuned: Any) -> None:
-    messages = [
-        {"role": "user", "content": "问一"},
-        {"role": "assistant", "content": "答一"},
-        {"role": "user", "content": "问二"},
-    ]
-    text = tuned.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text == (
-        f"<s>{INTRO}### Instruction:\n问一\n\n### Response: 答一</s>\n\n"
-        "### Instruction:\n问二\n\n### Response: "
-    )
+def test_a_template_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    with pytest.raises(BadFile, match=r"gone\.jinja: cannot be read \(No such file"):
+        find_template(str(tmp_path / "gone.jinja"))
+    (tmp_path / "a.jinja").write_bytes("{{ '答' }}".encode("gb18030"))
+    with pytest.raises(BadFile, match=r"a\.jinja: is not UTF-8"):
+        find_template(str(tmp_path / "a.jinja"))

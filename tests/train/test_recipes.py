@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,16 +15,8 @@ from chinese_llama.errors import DoesNotFit, OutputExists, UserError
 from chinese_llama.merging.plan import load
 from chinese_llama.merging.stream import merge
 from chinese_llama.quickstart.pipeline import recipe
-from chinese_llama.resources import shipped
 from chinese_llama.train.callbacks import read_log
-
-QUICK = ["--block_size", "32", "--per_device_train_batch_size", "2", "--logging_steps", "2", "--lora_r", "4"]
-
-
-def pretrain(base: Path, data: Path, output: Path, *more: str) -> Path:
-    arguments = ["--model_name_or_path", str(base), "--data", str(data), "--output_dir", str(output)]
-    recipe("pt_lora").main([*arguments, *QUICK, *more])
-    return output
+from tests.train.running import QUICK, pretrain, start, wait_for, words
 
 
 @pytest.fixture(scope="module")
@@ -120,45 +108,15 @@ def test_other_embeddings_train_and_merge(
     merge(extended, [load("a", made)], tmp_path / "merged")
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(extended: Path, work: Path, tmp_path: Path) -> None:
-    more = ["--max_steps", "40", "--save_steps", "5", "--lora_dropout", "0.1"]
-    whole = pretrain(extended, work / "zh.jsonl", tmp_path / "whole", *more)
-    arguments = ["--model_name_or_path", str(extended), "--data", str(work / "zh.jsonl")]
-    arguments += ["--output_dir", str(tmp_path / "broken"), *QUICK, *more]
-    command = [sys.executable, str(shipped("recipes") / "pt_lora.py"), *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    wait_for(tmp_path / "broken.run", "checkpoint-5", process)
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "broken").exists()
-    recipe("pt_lora").main(arguments)
-    first, second = (load_file(path / "adapter_model.safetensors") for path in (whole, tmp_path / "broken"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert [e["step"] for e in read_log(tmp_path / "broken" / "log.jsonl") if "loss" in e] == list(
-        range(2, 41, 2)
-    )
-
-
-def wait_for(directory: Path, name: str, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    """Wait until a checkpoint is complete: the trainer writes its state last."""
-    end = time.monotonic() + seconds
-    while not (directory / name / "trainer_state.json").is_file():
-        assert process.poll() is None, (process.stderr.read() if process.stderr else b"").decode()
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_ctrl_c_saves_and_says_how_to_go_on(extended: Path, work: Path, tmp_path: Path) -> None:
-    arguments = ["--model_name_or_path", str(extended), "--data", str(work / "zh.jsonl")]
-    arguments += ["--output_dir", str(tmp_path / "out"), *QUICK, "--max_steps", "20000", "--save_steps", "5"]
-    command = [sys.executable, str(shipped("recipes") / "pt_lora.py"), *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    arguments = [*words(extended, work / "zh.jsonl", tmp_path / "out"), *QUICK]
+    arguments += ["--max_steps", "20000", "--save_steps", "5"]
+    process = start(arguments)
     wait_for(tmp_path / "out.run", "checkpoint-5", process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "The same command goes on" in err.decode() and "Traceback" not in err.decode()
+    assert "The same command goes on" in err and "Traceback" not in err
     assert not (tmp_path / "out").exists() and (tmp_path / "out.run").is_dir()
     with pytest.raises(UserError, match="unfinished run with other"):
         recipe("pt_lora").main([*arguments, "--learning_rate", "0.5"])
@@ -203,57 +161,9 @@ def test_sources_are_mixed_by_weight(extended: Path, work: Path, tmp_path: Path)
     assert manifest is not None and manifest.settings["weights"] == [0.5, 0.5]
 
 
-def test_a_checkpoint_that_a_kill_cut_is_passed_over(tmp_path: Path) -> None:
-    from chinese_llama.train.session import _last_checkpoint
-
-    for step, complete in ((5, True), (10, True), (15, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if complete:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert not (tmp_path / "checkpoint-15").exists()
-
-
 def test_a_log_that_a_kill_cut_is_read(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"ste')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]
-
-
-def test_two_processes_train_together(extended: Path, work: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29731",
-    ]
-    command += [
-        str(shipped("recipes") / "pt_lora.py"),
-        "--model_name_or_path",
-        str(extended),
-        "--max_steps",
-        "4",
-    ]
-    command += ["--data", str(work / "zh.jsonl"), "--output_dir", str(tmp_path / "out"), *QUICK]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    log = [entry for entry in read_log(tmp_path / "out" / "log.jsonl") if "loss" in entry]
-    assert [entry["step"] for entry in log] == [2, 4]
-    assert done.stderr.count("packing") == 1
-    alone = pretrain(
-        extended,
-        work / "zh.jsonl",
-        tmp_path / "alone",
-        "--max_steps",
-        "4",
-        "--gradient_accumulation_steps",
-        "2",
-    )
-    losses = [entry["loss"] for entry in read_log(alone / "log.jsonl") if "loss" in entry]
-    assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-3)
 
 
 @pytest.mark.parametrize("embeddings", ["new-rows", "full"])

@@ -1,0 +1,96 @@
+"""The model that a recipe trains: base, adapters below it, LoRA and vocabulary rows on top."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from chinese_llama.errors import DoesNotFit
+from chinese_llama.merging.plan import Adapter, check_lineage, load
+from chinese_llama.merging.stream import merge
+from chinese_llama.model.adapters import Tensors, bake, merged_changes, read_tensors
+from chinese_llama.model.load import check_pair, check_tokenizer, first_new_id, load_model
+from chinese_llama.model.lora import add_lora, continue_lora, lora_config
+from chinese_llama.model.shards import EMBED, Weights
+from chinese_llama.train.fields import Recipe
+
+
+def build(recipe: Recipe[Any], adapters: list[Adapter], tokenizer: Any, arguments: Any) -> Any:
+    """The PeftModel that trains: the base with `adapters` baked in, and a fresh LoRA or the one of
+    `init_adapter` on top. With a quantised base, adapters below are merged into a copy first, in the
+    directory where the run works.
+
+    Raises DoesNotFit where tokenizer, base and adapters do not belong together.
+    """
+    fields = recipe.fields
+    place = Path(fields.model_name_or_path)
+    check_length(place, fields.length)
+    if Path(fields.tokenizer) != place:
+        check_tokenizer(place, tokenizer, fields.tokenizer)
+    going_on = load("init_adapter", Path(fields.init_adapter)) if fields.init_adapter else None
+    if fields.quantization == "none":
+        model = load_model(place, fields.dtype)
+        if adapters:
+            _bake(model, place, adapters)
+    else:
+        if adapters:
+            place = _merged(place, adapters, arguments)
+        model = load_model(place, fields.dtype, fields.quantization, training_device())
+    if going_on:
+        _grow(model, read_tensors(going_on).vocabulary())
+    check_pair(model, tokenizer, fields.model_name_or_path)
+    model.config.use_cache = False
+    if going_on:
+        return continue_lora(model, going_on)
+    first = first_new_id(fields.model_name_or_path, fields.tokenizer)
+    config = lora_config(
+        model,
+        rank=fields.lora_r,
+        alpha=fields.lora_alpha,
+        dropout=fields.lora_dropout,
+        targets=fields.lora_target_modules,
+        embeddings=fields.embeddings,
+        new_ids=list(range(first, len(tokenizer))) if first is not None else [],
+        use_rslora=fields.use_rslora,
+        use_dora=fields.use_dora,
+    )
+    return add_lora(model, config)
+
+
+def training_device() -> str:
+    """Where a quantised base is put when it is loaded: this process's GPU, else the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def check_length(place: Path, length: int) -> None:
+    """Raise DoesNotFit for a block that is longer than the model's limit."""
+    limit = Weights(place).config().get("max_position_embeddings")
+    if limit and length > limit:
+        raise DoesNotFit(f"A block of {length} tokens is longer than the model's limit of {limit}.")
+
+
+def _bake(model: Any, place: Path, adapters: list[Adapter]) -> None:
+    pairs: Sequence[tuple[Adapter, Tensors]] = [(adapter, read_tensors(adapter)) for adapter in adapters]
+    check_lineage(place, adapters)
+    changes = merged_changes(Weights(place), pairs)
+    if EMBED in changes:
+        _grow(model, changes[EMBED].shape[0])
+    bake(model, pairs)
+
+
+def _grow(model: Any, rows: int | None) -> None:
+    """Room for the rows that an adapter brings whole (the published ones bring all of them)."""
+    if rows and rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _merged(place: Path, adapters: list[Adapter], arguments: Any) -> Path:
+    """`place` with `adapters` baked in, as a directory: a quantised weight takes no delta."""
+    target = Path(arguments.output_dir) / "base"
+    with arguments.main_process_first(desc="merging"):
+        merge(place, adapters, target, keep=True)
+    return target

@@ -1,0 +1,288 @@
+"""What a training run needs of a device's memory, by part: arithmetic on config.json and the settings.
+
+Counted are the tensors of one process at the fullest moment of a step. A GPU also holds what no
+arithmetic knows (the CUDA context, half a GiB or more; fragmentation; buffers of NCCL and DeepSpeed):
+leave a tenth of it free.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from chinese_llama.errors import UserError
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SHARDED = {  # which parts are divided among the processes
+    "none": (),
+    "zero2": ("gradients", "optimizer"),
+    "zero3": ("frozen weights", "trainable parameters", "gradients", "optimizer"),
+    "fsdp": ("frozen weights", "trainable parameters", "gradients", "optimizer"),
+}
+STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "ademamix": 3}  # numbers; AdamW: 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is, as far as memory is concerned.
+
+    `dtype`: of the frozen weights that are not quantised; `half`: whether the forward pass runs under
+    autocast in 16 bits. `batch`: sequences in a micro batch, `block`: tokens of each.
+    `sharding`: none (also data parallel), zero2, zero3 or fsdp, over `processes`.
+    """
+
+    dtype: str = "bfloat16"
+    half: bool = True
+    quantization: str = "none"
+    embeddings: str = "new-rows"
+    new_rows: int = 0
+    rank: int = 8
+    targets: tuple[str, ...] = ("all-linear",)
+    dropout: bool = True
+    dora: bool = False
+    batch: int = 8
+    block: int = 512
+    checkpointing: bool = False
+    optim: str = "adamw_torch_fused"
+    processes: int = 1
+    sharding: str = "none"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the fullest moment, by part, in order."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+    def table(self) -> str:
+        """The parts in GiB as aligned lines, the total last."""
+        rows = [*self.parts.items(), ("together", self.total)]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {size / 2**30:8.2f} GiB" for name, size in rows)
+
+
+def settings_of(fields: Any, training: Mapping[str, Any], new_rows: int) -> Settings:
+    """The settings of a resolved recipe (its `fields` and `training`), for this process.
+
+    `new_rows` are the rows that `embeddings: new-rows` trains in each matrix.
+    """
+    processes, sharding = _launched()
+    dtype = "bfloat16" if fields.dtype == "auto" else fields.dtype
+    return Settings(
+        dtype=dtype,
+        half=dtype != "float32" or bool(training.get("bf16") or training.get("fp16")),
+        quantization=fields.quantization,
+        embeddings=fields.embeddings,
+        new_rows=new_rows,
+        rank=fields.lora_r,
+        targets=tuple(fields.lora_target_modules),
+        dropout=fields.lora_dropout > 0,
+        dora=fields.use_dora,
+        batch=training["per_device_train_batch_size"],
+        block=fields.length,
+        checkpointing=bool(training.get("gradient_checkpointing")),
+        optim=str(training.get("optim", Settings.optim)),
+        processes=processes,
+        sharding=sharding,
+    )
+
+
+def _launched() -> tuple[int, str]:
+    """Processes and sharding, as `accelerate launch` tells its processes."""
+    sharding = "none"
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        sharding = "fsdp"
+    elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        sharding = {"2": "zero2", "3": "zero3"}.get(
+            os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", ""), "none"
+        )
+    return int(os.environ.get("WORLD_SIZE", "1")), sharding
+
+
+def estimate(config: Mapping[str, Any], settings: Settings) -> Estimate:
+    """The memory of a training step of the model that `config` (its config.json, LLaMA's fields) describes.
+
+    Gradients are counted throughout, as from the second micro batch of a step on. Of the moments that can
+    be the fullest - the loss, the backward pass of lm_head, that of one layer - the largest is counted.
+    """
+    model = _Model(config, settings)
+    sizes = model.trainable()
+    trainable = sum(sizes)
+    parts = {
+        "frozen weights": model.frozen(),
+        "trainable parameters": 4 * trainable,
+        "gradients": 4 * trainable,
+        "optimizer": sum(_states(settings.optim, size) for size in sizes),
+    }
+    for part in SHARDED[settings.sharding]:
+        parts[part] = math.ceil(parts[part] / settings.processes)
+    if settings.sharding == "none" and settings.processes > 1:
+        parts["gradient buckets"] = 4 * trainable
+    parts["activations"] = model.kept()
+    parts["copies of weights"] = model.copies()
+    return Estimate(parts | max(model.moments(), key=lambda moment: sum(moment.values())))
+
+
+def _states(optim: str, size: int) -> int:
+    """Bytes that an optimizer keeps for a tensor of `size` numbers. The 8-bit ones keep a byte and a scale
+    for every 256 (arXiv 2110.02861), and tensors below 4,096 numbers in float32."""
+    states = next((count for name, count in STATES.items() if name in optim), 2)
+    if "8bit" in optim and size >= 4096:
+        return states * (size + 4 * math.ceil(size / 256))
+    return states * 4 * size + (4 if "torch" in optim else 0)  # torch's has its step in a tensor
+
+
+class _Model:
+    """The shapes of a LLaMA, and what a run with these settings makes of them. All sizes in bytes."""
+
+    def __init__(self, config: Mapping[str, Any], settings: Settings) -> None:
+        self.settings = settings
+        try:
+            self.hidden, self.inner = config["hidden_size"], config["intermediate_size"]
+            self.layers, self.rows = config["num_hidden_layers"], config["vocab_size"]
+            self.heads = config["num_attention_heads"]
+        except KeyError as missing:
+            raise UserError(
+                f"The model's config.json has no {missing}; memory is estimated for LLaMA's kind."
+            ) from None
+        self.dim = config.get("head_dim") or self.hidden // self.heads
+        self.wide = self.heads * self.dim
+        narrow = (config.get("num_key_value_heads") or self.heads) * self.dim
+        self.linear = {  # of a layer: inputs, outputs, and what it is given
+            "q_proj": (self.hidden, self.wide, "first norm"),
+            "k_proj": (self.hidden, narrow, "first norm"),
+            "v_proj": (self.hidden, narrow, "first norm"),
+            "o_proj": (self.wide, self.hidden, "heads"),
+            "gate_proj": (self.hidden, self.inner, "second norm"),
+            "up_proj": (self.hidden, self.inner, "second norm"),
+            "down_proj": (self.inner, self.hidden, "product"),
+        }
+        everything = settings.targets == ("all-linear",)
+        self.targets = {
+            name: shape for name, shape in self.linear.items() if everything or name in settings.targets
+        }
+        self.matrices = 1 if config.get("tie_word_embeddings") else 2
+        self.matrix = self.rows * self.hidden  # numbers of a vocabulary matrix
+        self.tokens = settings.batch * settings.block
+        self.quantized = settings.quantization != "none"
+        self.stored = BYTES[settings.dtype]  # of a number in a frozen weight
+        self.compute = 2 if settings.half else self.stored
+        # the residual stream: PEFT casts single rows to the frozen weights' type, whole matrices stay float32
+        self.residual = 4 if settings.embeddings == "full" else self.stored
+
+    def trainable(self) -> list[int]:
+        """Numbers of each tensor that trains; they are float32."""
+        s, sizes = self.settings, []
+        for inputs, outputs, _ in self.targets.values():
+            sizes += [s.rank * inputs, s.rank * outputs, *([outputs] if s.dora else [])]
+        rows = {"new-rows": s.new_rows, "full": self.rows, "frozen": 0}[s.embeddings]
+        return sizes * self.layers + [rows * self.hidden] * (self.matrices if rows else 0)
+
+    def frozen(self) -> int:
+        """The base. PEFT keeps it whole beside matrices that train, and what rows that train were."""
+        before = self.settings.new_rows * 4 if self.settings.embeddings == "new-rows" else 0
+        vocabulary = self.matrices * self.hidden * (self.rows * self.stored + before)
+        norms = (2 * self.layers + 1) * self.hidden * self.stored
+        return vocabulary + norms + self.layers * self.layer_weights()
+
+    def layer_weights(self) -> int:
+        """The linear weights of one layer. nf4 (QLoRA, arXiv 2305.14314): 64 numbers share a scale of one byte,
+        256 scales a float32, and there are tables of 16 and 256 float32 and an offset. int8: a float32 a row."""
+        total = 0
+        for inputs, outputs, _ in self.linear.values():
+            size = inputs * outputs
+            if self.settings.quantization == "nf4":
+                scales = math.ceil(size / 64)
+                total += math.ceil(size / 2) + scales + 4 * math.ceil(scales / 256) + 4 * (16 + 256 + 1)
+            elif self.settings.quantization == "int8":
+                total += size + 4 * outputs
+            else:
+                total += size * self.stored
+        return total
+
+    def kept(self) -> int:
+        """What the forward pass keeps for the backward pass, the logits aside."""
+        layer = self.layer()
+        if self.settings.checkpointing:
+            layer = self.residual * self.hidden
+            if self.settings.quantization == "int8":  # bitsandbytes holds on to what its layers are given
+                layer += self.compute * (2 * self.hidden + self.wide + self.inner)
+        top = 4 * self.hidden + 2 * self.dim * self.residual + self.settings.block  # norm, angles, mask
+        if self.settings.embeddings != "frozen":
+            top += self.compute * self.hidden  # what lm_head is given
+        return self.tokens * (self.layers * layer + top)
+
+    def layer(self) -> int:
+        """What one layer keeps of each token: what both norms are given, in float32; query, key and value
+        (as many as heads), the sum of attention, its softmax' denominators and the token's row of the mask;
+        three products of the MLP; what LoRA is given."""
+        product = (
+            4 if self.quantized and self.residual == 4 else self.compute
+        )  # bitsandbytes answers in its input's type
+        attention = (4 * self.wide + self.settings.block) * self.compute + 4 * self.heads
+        return 8 * self.hidden + attention + 3 * self.inner * product + self._lora()
+
+    def _lora(self) -> int:
+        """What LoRA's A and B are given of each token. After dropout, or where autocast has to cast, each A
+        has an input of its own; else those with the same input share it."""
+        s, total = self.settings, 0
+        own = s.dropout or (s.half and (not self.quantized or self.residual == 4))
+        for inputs, outputs, _ in self.targets.values():
+            total += s.rank * self.compute
+            total += inputs * self.compute if own else 0
+            total += inputs if s.dropout else 0  # the mask, a byte each
+            total += 2 * outputs * self.compute if s.dora else 0  # what the magnitude multiplies
+        sharing = self.linear if s.quantization == "int8" else {} if own else self.targets
+        shared = {
+            given: inputs for inputs, _, given in sharing.values() if given != "heads"
+        }  # attention keeps its sum
+        return total + sum(shared.values()) * self.compute
+
+    def copies(self) -> int:
+        """Copies of weights that are kept for the backward pass: lm_head with its new rows put in, which PEFT
+        makes in every forward pass, and what autocast casts."""
+        s = self.settings
+        cast = s.half and (s.embeddings == "full" or self.stored == 4)
+        total = self.compute * self.matrix if cast or s.embeddings == "new-rows" else 0
+        if s.embeddings == "new-rows" and self.stored < 4:
+            total += self.stored * self.matrices * s.new_rows * self.hidden
+        return total + (0 if s.checkpointing else self.layers * self._layer_copies())
+
+    def _layer_copies(self) -> int:
+        """Those of one layer: LoRA, and weights in float32, in 16 bits; DoRA after dropout takes every weight."""
+        s = self.settings
+        numbers = sum(s.rank * (i + o) for i, o, _ in self.targets.values()) if s.half else 0
+        if s.half and not self.quantized and self.stored == 4:
+            numbers += sum(i * o for i, o, _ in self.linear.values())
+        elif s.dora and s.dropout and (s.half or self.quantized):
+            numbers += sum(i * o for i, o, _ in self.targets.values())
+        return self.compute * numbers
+
+    def moments(self) -> list[dict[str, int]]:
+        """What is there for a while only, at each of the moments that may be the fullest."""
+        s, logits = self.settings, self.tokens * self.rows
+        row = {"new-rows": self.stored, "full": 4, "frozen": 0}[s.embeddings]
+        # in float32: the logarithms of the probabilities, their gradient, and the gradient of the logits
+        loss = {"logits": 12 * logits}
+        head = {"logits": self.compute * logits, "gradient of lm_head": row * self.matrix}
+        layer = {"one layer": 8 * self.inner * self.tokens}  # gradients and casts, as wide as the MLP
+        if s.checkpointing:
+            layer["one layer"] += self.layer() * self.tokens + self._layer_copies()
+        widest = max(i * o for i, o, _ in self.linear.values())
+        if s.dora:  # in float32: the weight, LoRA's product, their sum, and the identity that it is made from
+            layer["a weight in full"] = 16 * widest
+        elif self.quantized:
+            layer["a weight in full"] = self.compute * widest
+        if s.sharding in ("fsdp", "zero3"):
+            whole = self.stored * self.matrix
+            for moment, size in ((loss, whole), (head, whole), (layer, whole + 2 * self.layer_weights())):
+                moment["gathered weights"] = size  # lm_head; of the layers, this one and the next
+        return [loss, head, layer]

@@ -1,0 +1,226 @@
+"""The Trainer of both recipes: groups with their own learning rates, a watch for NaN, whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, get_scheduler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from chinese_llama.directories import write_text
+from chinese_llama.errors import UserError
+from chinese_llama.model.lora import group_of
+from chinese_llama.progress import say
+
+FILES = "files.json"  # in a checkpoint: the sizes of its files, written last
+ROWS = ("embed_tokens", "lm_head")
+FULL_DISK = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "os error 28")
+
+
+class VocabularyTrainer(Trainer):
+    """The Trainer, with a learning rate of their own for vocabulary rows and for LoRA's B, and no weight
+    decay on rows: a piece that a batch does not hold would shrink.
+
+    For the first `rows_only_steps` steps LoRA's learning rate is zero; its schedule starts after them.
+    """
+
+    def __init__(self, fields: Any, sources: list[str], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.fields, self.sources = fields, sources
+        self.watch = Watch()
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            cls, arguments = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            odd = {"params", "model", "optimizer_dict"} & set(arguments)
+            if odd or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+                raise UserError(
+                    f"optim: {self.args.optim} keeps its own groups of parameters; take one of adamw_torch, "
+                    "adamw_8bit, paged_adamw_8bit, adafactor, sgd."
+                )
+            groups = parameter_groups(model or self.model, self.args, self.fields)
+            self.optimizer = cls(groups, **arguments)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        alone = self.fields.rows_only_steps
+        if alone and not isinstance(scheduler, LambdaLR):
+            raise UserError(
+                f"rows_only_steps does not go with lr_scheduler_type: {self.args.lr_scheduler_type}."
+            )
+        if alone >= num_training_steps:
+            raise UserError(f"rows_only_steps: {alone} leaves LoRA none of the {num_training_steps} steps.")
+        if alone:
+            self.lr_scheduler = self._after(alone, scheduler, num_training_steps)
+        return self.lr_scheduler
+
+    def _after(self, alone: int, scheduler: LambdaLR, steps: int) -> LambdaLR:
+        """`scheduler`, in which the groups of LoRA wait for `alone` steps and then have its whole course."""
+        rest = get_scheduler(
+            self.args.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=self.args.get_warmup_steps(steps - alone),
+            num_training_steps=steps - alone,
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        ).lr_lambdas[0]
+
+        def late(step: int) -> float:
+            return 0.0 if step < alone else rest(step - alone)
+
+        optimizer = scheduler.optimizer
+        rows = [group["name"] == "rows" for group in optimizer.param_groups]
+        return LambdaLR(
+            optimizer, [f if row else late for f, row in zip(scheduler.lr_lambdas, rows, strict=True)]
+        )
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> torch.Tensor:
+        documents = inputs.pop("documents", [])
+        loss = super().training_step(model, inputs, *rest, **named)
+        self.watch.losses.append((loss, documents))
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.check()  # what came before: by now it is computed, so that nothing waits
+        self.watch.step(self.state.global_step + 1, grad_norm, scaled=self.accelerator.scaler is not None)
+        return grad_norm
+
+    def check(self) -> None:
+        """Raise UserError if a loss or a gradient was not finite."""
+        found = self.watch.bad()
+        if found:
+            step, what, documents = found
+            raise UserError(
+                f"{what} at step {step}. Its batch held {self._told(documents)}. Likely cause: {self._cause()}. The last "
+                f"checkpoint in {self.args.output_dir}, if there is one, is from before."
+            )
+
+    def _told(self, documents: list[Any]) -> str:
+        """Documents of a batch in words, the first dozen."""
+        named = [f"{self.sources[source]} {number + 1:,}" for source, found in documents for number in found]
+        more = f" and {len(named) - 12} more" if len(named) > 12 else ""
+        return f"the documents {', '.join(named[:12])}{more}"
+
+    def _cause(self) -> str:
+        frozen = (item for item in self.model.named_parameters() if not item[1].requires_grad)
+        for name, parameter in frozen:
+            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+                return f"the base itself: {name} has values that are not finite"
+        if self.fields.dtype == "float16":
+            return "float16 overflows; use dtype: bfloat16 or float32"
+        if self.watch.grown():
+            return f"the gradient grew from {self.watch.grown()}; lower learning_rate, or warm up longer"
+        return "a learning_rate that is too high"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.check()
+        directory = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                seal(directory)
+        except Exception as error:  # torch, safetensors and the system have no common base
+            if not any(sign in str(error) for sign in FULL_DISK):
+                raise
+            shutil.rmtree(directory, ignore_errors=True)
+            raise UserError(
+                f"The disk is full: step {self.state.global_step} could not be saved in {self.args.output_dir}. Checkpoints "
+                "before it are whole; make room and give the same command."
+            ) from error
+
+
+def parameter_groups(model: Any, arguments: Any, fields: Any) -> list[dict[str, Any]]:
+    """What trains, as groups for the optimizer, each with a name: rows, lora, lora_B.
+
+    LoRA+ gives B `loraplus_lr_ratio` times the learning rate of A (arXiv 2402.12354).
+    """
+    rate, decay = arguments.learning_rate, arguments.weight_decay
+    rows_rate = rate if fields.embedding_learning_rate is None else fields.embedding_learning_rate
+    groups: dict[str, dict[str, Any]] = {
+        "lora": {"lr": rate, "weight_decay": decay},
+        "lora_B": {"lr": rate * (fields.loraplus_lr_ratio or 1.0), "weight_decay": decay},
+        "rows": {"lr": rows_rate, "weight_decay": 0.0},
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = group_of(name)
+            part = (
+                "rows"
+                if group in ROWS
+                else group
+                if group == "lora_B" and fields.loraplus_lr_ratio
+                else "lora"
+            )
+            groups[part].setdefault("params", []).append(parameter)
+    return [{"name": name, **group} for name, group in groups.items() if "params" in group]
+
+
+class Watch:
+    """The losses and the gradient norm of the last step, still on their device, and norms before it."""
+
+    def __init__(self) -> None:
+        self.losses: list[tuple[torch.Tensor, list[Any]]] = []
+        self._last: tuple[int, Any, list[tuple[torch.Tensor, list[Any]]], bool] | None = None
+        self._norms: list[float] = []
+
+    def step(self, step: int, grad_norm: Any, scaled: bool) -> None:
+        """A step is done. With `scaled` losses (float16) an infinite gradient only skips a step."""
+        self._last, self.losses = (step, grad_norm, self.losses, scaled), []
+
+    def bad(self) -> tuple[int, str, list[Any]] | None:
+        """(step, what, documents) if the last step was not finite."""
+        if self._last is None:
+            return None
+        step, grad_norm, losses, scaled = self._last
+        self._last = None
+        for loss, documents in losses:
+            if not torch.isfinite(loss).all():
+                return step, f"The loss is {float(loss)}", documents
+        if grad_norm is None or scaled:
+            return None
+        norm = float(grad_norm)
+        if not math.isfinite(norm):
+            return step, f"The gradient is {norm}", [item for _, documents in losses for item in documents]
+        self._norms = [*self._norms[-50:], norm]
+        return None
+
+    def grown(self) -> str:
+        """'A to B' if the norm grew tenfold over the last steps, else ''."""
+        if len(self._norms) < 3 or self._norms[-1] < 10 * min(self._norms):
+            return ""
+        return f"{min(self._norms):.3g} to {self._norms[-1]:.3g}"
+
+
+def seal(checkpoint: Path) -> None:
+    """Write down the sizes of a checkpoint's files: from now on it counts as whole."""
+    sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.is_file()}
+    write_text(checkpoint / FILES, json.dumps(sizes, indent=1) + "\n")
+
+
+def whole(checkpoint: Path) -> bool:
+    """True for a checkpoint that was sealed and whose files still have their sizes."""
+    try:
+        sizes = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest whole checkpoint; newer ones that a kill cut, or that were damaged, are moved aside."""
+    while directory.is_dir() and (found := get_last_checkpoint(str(directory))):
+        if whole(Path(found)):
+            return found
+        say(f"{found} is not whole; it is passed over.")
+        aside = directory / f"broken-{Path(found).name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        Path(found).rename(aside)
+    return None
