@@ -106,7 +106,8 @@ def _seen_from(directory: Path, place: str | Path | None) -> str | None:
 @app.command(
     "extend-model",
     epilog=EXAMPLES
-    + "chinese-llama extend-model --base models/llama-7b --tokenizer work/tokenizer --output work/extended",
+    + "chinese-llama extend-model --base models/llama-7b --tokenizer work/tokenizer --output work/extended\n\n"
+    + "chinese-llama extend-model --init distill --corpus zh.jsonl.gz    [dim]# in a workspace[/dim]",
 )
 def extend_model(
     base: Base = None,
@@ -117,8 +118,13 @@ def extend_model(
     init: Annotated[
         str | None,
         typer.Option(
-            help="How new rows start: subword-mean, mean-resizing, random.", show_default="subword-mean"
+            help="How new rows start: asymmetric, subword-mean, mean-resizing, random, distill.",
+            show_default="asymmetric",
         ),
+    ] = None,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text that `--init distill` reads. May be repeated.", show_default="the workspace's"),
     ] = None,
     pad_to_multiple_of: Annotated[
         int | None, typer.Option(help="Round the rows up.", show_default="1")
@@ -129,8 +135,9 @@ def extend_model(
     from chinese_llama import stages
 
     options = given(
-        base=base, tokenizer=tokenizer, output=output, init=init, pad_to_multiple_of=pad_to_multiple_of
-    )
+        base=base, tokenizer=tokenizer, output=output, init=init, pad_to_multiple_of=pad_to_multiple_of,
+        corpus=corpus or None,
+    )  # fmt: skip
     space = workspace_for("extend-model", options, "base", "tokenizer", "output")
     made, manifest = stages.extended_model(space, options, force)
     note_if_kept(made)

@@ -74,7 +74,7 @@ def repeated(argv: Sequence[str]) -> list[str]:
     """`--corpus a b` as `--corpus a --corpus b`: lists are written as users write them."""
     words: list[str] = []
     option = ""
-    if argv and argv[0] not in ("train-vocab", "extend-vocab", "audit-vocab", "eval"):
+    if argv and argv[0] not in ("train-vocab", "extend-vocab", "extend-model", "audit-vocab", "eval"):
         return list(argv)
     for word in argv:
         if word.startswith("-"):

@@ -77,6 +77,9 @@ def extended_model(workspace: Workspace, given: Options, force: bool) -> tuple[P
     options["base"] = local(options["base"])
     if not options["base"].is_dir():
         raise BadFile(options["base"], "is not a model directory.")
+    corpus = workspace.settings.extend_vocab.corpus
+    if options["init"] == "distill" and "corpus" not in given and corpus is not None:
+        options["corpus"] = as_paths(workspace.paths(corpus))
     if "tokenizer" not in given:
         options["tokenizer"] = first(extended_tokenizer, workspace)
     return options["output"], extend_model(**options, force=force)

@@ -40,7 +40,7 @@ class ExtendVocab:
 
 @dataclass
 class ExtendModel:
-    init: str = "subword-mean"
+    init: str = "asymmetric"
     pad_to_multiple_of: int = 1
     output: str = "work/extended"
 

@@ -20,8 +20,8 @@ OVERRIDES = {  # a pico base and seconds instead of days
     "block_size: 512": "block_size: 64",
     "max_seq_length: 512": "max_seq_length: 256",
     "# size: 49920": "size: 600",
-    "num_train_epochs: 1": "max_steps: 2",
-    "num_train_epochs: 2": "max_steps: 2",
+    "num_train_epochs: 1": "max_steps: 3",
+    "num_train_epochs: 2": "max_steps: 3",
 }
 
 
@@ -40,12 +40,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny.write_base(tmp_path / "models/llama-7b", tiny.base_tokenizer(), max_position_embeddings=256)
     for name, texts in (
         ("zh", tiny.CHINESE),
+        ("en", tiny.ENGLISH),
         ("zh_heldout", tiny.CHINESE[:3]),
         ("en_heldout", tiny.ENGLISH[:3]),
     ):
         tiny.write_texts(tmp_path / "data" / f"{name}.jsonl", texts)
-    with gzip.open(tmp_path / "data/zh.jsonl.gz", "wt", encoding="utf-8") as stream:
-        stream.write((tmp_path / "data/zh.jsonl").read_text(encoding="utf-8"))
+    for name in ("zh", "en"):
+        with gzip.open(tmp_path / f"data/{name}.jsonl.gz", "wt", encoding="utf-8") as stream:
+            stream.write((tmp_path / f"data/{name}.jsonl").read_text(encoding="utf-8"))
     records = '[{"instruction": "你好吗？", "input": "", "output": "我很好。"}]'
     (tmp_path / "data/alpaca_zh.json").write_text(records, encoding="utf-8")
     return tmp_path

@@ -122,24 +122,25 @@ def test_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:
 )
 def test_the_template_holds_what_it_was_given(tmp_path: Path, place: str) -> None:
     """Whatever characters a path has."""
-    (tmp_path / FILE).write_text(workspace.template(place, place, place), encoding="utf-8")
+    (tmp_path / FILE).write_text(workspace.template(place, place, place, place), encoding="utf-8")
     settings = Workspace(tmp_path / FILE).settings
     assert settings.base == place
     assert settings.extend_vocab.corpus == [place]
-    assert settings.pt_lora["data"] == [place]
+    assert settings.pt_lora["data"] == [{"path": place, "weight": 0.8}, {"path": place, "weight": 0.2}]
     assert settings.sft_lora["data"] == place
     assert settings.pt_lora["learning_rate"] == 2e-4
 
 
 def test_the_template_names_the_defaults(tmp_path: Path) -> None:
     """What it shows as set is what holds without it."""
-    (tmp_path / FILE).write_text(workspace.template("b", "c", "i"), encoding="utf-8")
+    (tmp_path / FILE).write_text(workspace.template("b", "c", None, "i"), encoding="utf-8")
     written, default = Workspace(tmp_path / FILE).settings, space(tmp_path).settings
     assert written.train_vocab.vocab_size == default.train_vocab.vocab_size
     assert written.extend_vocab == replace(default.extend_vocab, corpus=["c"])
     assert written.extend_model == default.extend_model
     assert written.merge == default.merge
     assert written.pt_lora["output_dir"] == default.pt_lora["output_dir"]
+    assert written.pt_lora["data"] == [{"path": "c", "weight": 0.8}]
 
 
 def test_the_quickstart_workspace_loads() -> None:

@@ -76,7 +76,7 @@ def names(found: Sequence[Source]) -> list[str]:
     """
     made: list[str] = []
     for source in found:
-        stem = source.path.name.partition(".")[0] or source.path.name
+        stem = source.path.name.partition(".")[0] or "data"
         number, name = 1, stem
         while name in made:
             number += 1

@@ -25,10 +25,11 @@ from chinese_llama.data.packing import join
 from chinese_llama.data.reading import ahead, batches
 from chinese_llama.data.work import Progress, Work
 from chinese_llama.errors import BadFile, UserError
-from chinese_llama.progress import say
+from chinese_llama.progress import Stopwatch, say
 
 FORMAT = 1  # of what is on disk; another one gives other keys
 PART = 1 << 23  # tokens that are packed and written at once
+QUIET = 60.0  # seconds without a line
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -136,7 +137,7 @@ def _contents(job: Job) -> dict[str, Any]:
         described |= {"template": job.template, "too_long": job.too_long, "bad_records": job.bad_records}
         described |= {"formats": [source.format for source in job.sources]}
     described["tokenizer"] = _tokenizer_digest(job.tokenizer)
-    described["sources"] = [_source_digest(source) for source in job.sources]
+    described["sources"] = [source_digest(source) for source in job.sources]
     return described
 
 
@@ -151,7 +152,8 @@ def _tokenizer_digest(directory: Path) -> str:
     return _digest([(name, sha256_file(directory / name)) for name in found])
 
 
-def _source_digest(source: Source) -> str:
+def source_digest(source: Source) -> str:
+    """64 hex digits that name the bytes and the formats of the files of a source, in order. Raises UserError."""
     files = source.list_files()
     return _digest([(file.suffixes[-2:], _file_digest(file, *_stamp(file))) for file in files])
 
@@ -237,8 +239,10 @@ def _pack(work: Work, number: int, source: Source, kind: Kind, share: float) -> 
     progress = work.progress[number]
     counts, dropped = Counter(progress.counts), Counter(progress.dropped)
     pending, held_out = [progress.rest], list[str]()
+    told = Stopwatch()
 
     def write(last: bool) -> None:
+        nonlocal told
         blocks, progress.rest = kind.pack(join(pending), last)
         work.add_held_out(number, held_out)
         if len(blocks.tokens):
@@ -247,6 +251,9 @@ def _pack(work: Work, number: int, source: Source, kind: Kind, share: float) -> 
         counts["learnt_tokens"] += blocks.parts.learnt_targets()
         progress.counts, progress.dropped, progress.done = dict(counts), dict(dropped), last
         work.save()
+        if told.seconds() > QUIET:
+            say(f"{source.path}: {counts['tokens']:,} tokens so far")
+            told = Stopwatch()
 
     read = batches(source.list_files(), kind.read, kind.size, share, progress.position)
     for batch, encoded in ahead(read, lambda batch: kind.encode(batch.items)):
@@ -276,7 +283,7 @@ def _check(source: Source, progress: Progress, job: Job) -> None:
         if counts["held_out"]:
             what = f"all {counts['held_out']:,} documents are held out; lower eval_split or give more text."
         elif lost:
-            what = f"nothing to train on: nothing fits into {job.block_size} tokens ({lost})."
+            what = f"nothing to train on in blocks of {job.block_size} tokens: {lost}."
         else:
             what = "holds no text." if job.kind == "pretraining" else "holds no conversations."
         raise BadFile(source.path, what)

@@ -1,7 +1,7 @@
-"""The instruction templates by name, as Jinja chat templates; their texts are fixed by published models.
+"""The instruction templates by name, as Jinja chat templates; their texts are those of published models.
 
-A template with a place for a system message has a default text there, or none. The others put a system
-message before the first question, with a newline between.
+alpaca-2, vicuna, chatml and llama-3 have a place for a system message, the first two with a text of their own
+where there is none. The others put it before the first question, with a newline between.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ VICUNA = (
         "{{ ' ' + message['content'] + eos_token }}",
     )
 )
-# https://github.com/openai/openai-python/blob/release-v0.28.1/chatml.md
+# https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"

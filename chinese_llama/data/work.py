@@ -60,13 +60,19 @@ class Work:
 
     def __init__(self, directory: Path, sources: int) -> None:
         self.directory, self.state, self.result = directory, directory / "state.json", directory / "result"
-        if self.state.is_file() and self.result.is_dir():
-            entries = json.loads(self.state.read_text(encoding="utf-8"))
-            self.progress = [Progress(**{**e, "position": Position(*e["position"])}) for e in entries]
-        else:
+        self.progress = self._saved()
+        if not self.progress:
             self.remove()
             self.result.mkdir(parents=True)
             self.progress = [Progress() for _ in range(sources)]
+
+    def _saved(self) -> list[Progress]:
+        """What `save` has written; [] where nothing is, or nothing that can be used."""
+        try:
+            entries = json.loads(self.state.read_text(encoding="utf-8")) if self.result.is_dir() else []
+            return [Progress(**{**entry, "position": Position(*entry["position"])}) for entry in entries]
+        except (OSError, ValueError, TypeError, KeyError):
+            return []
 
     def remove(self) -> None:
         """Give up what was done."""

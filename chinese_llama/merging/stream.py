@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from chinese_llama.artifacts import Manifest, identity, input_record, read_manifest, stands, write_manifest
+from chinese_llama.data.templates import stop_ids
 from chinese_llama.directories import new_directory, write_text
 from chinese_llama.errors import DoesNotFit, UserError
 from chinese_llama.merging.plan import Adapter, check_lineage
 from chinese_llama.model.adapters import merged_changes, read_tensors
+from chinese_llama.model.load import load_tokenizer
 from chinese_llama.model.resize import copy_other_files, copy_tokenizer
-from chinese_llama.model.shards import EMBED, Change, Weights, rewrite
+from chinese_llama.model.shards import EMBED, Change, Weights, read_json, rewrite
 from chinese_llama.vocab.readers import open_readers
 
 
@@ -57,10 +59,24 @@ def merge(
         copy_tokenizer(tokenizer, partial)
         config = {**source.config(), "vocab_size": rows}
         write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        _write_ends(partial)
         rewrite(source, partial, {name: _checked(name, c) for name, c in changes.items()}, "merging")
         write_text(partial / "README.md", _card(base, adapters))
         write_manifest(partial, manifest)
     return manifest
+
+
+def _write_ends(directory: Path) -> None:
+    """Tell other programs (generation_config.json) which tokens end an answer of a model with a template."""
+    template = directory / "chat_template.jinja"
+    if not template.is_file():
+        return
+    tokenizer = load_tokenizer(directory)
+    ends = stop_ids(tokenizer, template.read_text(encoding="utf-8"))
+    file = directory / "generation_config.json"
+    settings = read_json(file) if file.is_file() else {"bos_token_id": tokenizer.bos_token_id}
+    settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    write_text(file, json.dumps(settings, indent=2) + "\n")
 
 
 def _vocabulary(tokenizer: Path, rows: int) -> int | None:

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
-METHODS = ("subword-mean", "mean-resizing", "random")
+Parts = Sequence[Sequence[int]]
+Side = Literal["input", "output", "tied"]
 SEED = 20_000
+PUSH = 4.0
 
 
-def new_rows(method: str, old: torch.Tensor, parts: Sequence[Sequence[int]]) -> torch.Tensor:
+def new_rows(method: str, old: torch.Tensor, parts: Parts, side: Side) -> torch.Tensor:
     """Rows for new pieces, float32 [new, hidden].
 
-    `old` [rows, hidden] is the matrix as it was (input or output, each on its own); `parts` gives,
-    for each new piece, the old ids that its text was tokenised into (may be empty). The same
-    arguments give the same rows.
+    `old` [rows, hidden] is the matrix as it was; `parts` gives, for each new piece, the old ids that its
+    text was tokenised into (may be empty); `side` is what the matrix does: "input" for embeddings, "output"
+    for the head, "tied" where one matrix is both. The same arguments give the same rows.
     """
-    generator = torch.Generator().manual_seed(SEED)
-    return _FUNCTIONS[method](old.float(), parts, generator)
+    return _FUNCTIONS[method](old.float(), parts, side)
 
 
-def _random(old: torch.Tensor, parts: Sequence[Sequence[int]], generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(len(parts), old.shape[1], generator=generator) * 0.02
+def _random(old: torch.Tensor, parts: Parts, side: Side) -> torch.Tensor:
+    """N(0, 0.02), as LLaMA's own rows began."""
+    return torch.randn(len(parts), old.shape[1], generator=_generator()) * 0.02
 
 
-def _mean_resizing(
-    old: torch.Tensor, parts: Sequence[Sequence[int]], generator: torch.Generator
-) -> torch.Tensor:
+def _mean_resizing(old: torch.Tensor, parts: Parts, side: Side) -> torch.Tensor:
     """Mean of all old rows plus a little noise of their covariance, as `resize_token_embeddings`
     does by default (Hewitt 2021, "Initializing New Word Embeddings")."""
     mean = old.mean(0)
@@ -38,19 +39,56 @@ def _mean_resizing(
     if failed:  # all rows are equal
         return mean.repeat(len(parts), 1)
     factor = factor.float()
-    return mean + torch.randn(len(parts), old.shape[1], generator=generator) @ factor.T
+    return mean + torch.randn(len(parts), old.shape[1], generator=_generator()) @ factor.T
 
 
-def _subword_mean(
-    old: torch.Tensor, parts: Sequence[Sequence[int]], generator: torch.Generator
-) -> torch.Tensor:
+def _subword_mean(old: torch.Tensor, parts: Parts, side: Side) -> torch.Tensor:
     """Mean of the old rows of the piece's parts; of all old rows where it has none."""
-    lengths = torch.tensor([len(ids) for ids in parts])
+    return _weighted(old, parts, lambda count: [1.0] * count)
+
+
+def _asymmetric(old: torch.Tensor, parts: Parts, side: Side) -> torch.Tensor:
+    """Weighted means of the parts' rows: an input row leans towards the last part, where the model used to
+    have read the piece; an output row towards the first, which it used to predict there (EEVE, arXiv
+    2402.14714). So parts in another order give another row.
+
+    Input rows get the median norm of old rows, for a mean of many is short. Output rows are pushed away from
+    the mean of all old rows, together, by PUSH times the distance that they have from it on the average:
+    what is far from the old pieces takes no probability from them.
+    """
+    if side == "output":
+        rows = _weighted(old, parts, lambda count: range(count, 0, -1))
+        has = torch.tensor([len(ids) > 0 for ids in parts])
+        return rows + PUSH * (rows[has].mean(0) - old.mean(0)) if has.any() else rows
+    rows = _weighted(old, parts, lambda count: range(1, count + 1))
+    norms = rows.norm(dim=1, keepdim=True)
+    return rows * (old.norm(dim=1).median() / norms.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _weighted(old: torch.Tensor, parts: Parts, weights: Callable[[int], Sequence[float]]) -> torch.Tensor:
+    """Means of the parts' rows, weighted by `weights` of their count; where there is no part, of all rows."""
+    counts = torch.tensor([len(ids) for ids in parts], dtype=torch.long)
     flat = torch.tensor([index for ids in parts for index in ids], dtype=torch.long)
-    offsets = torch.cumsum(lengths, 0) - lengths
-    rows = torch.nn.functional.embedding_bag(flat, old, offsets, mode="mean")
-    rows[lengths == 0] = old.mean(0)
+    each = torch.tensor([weight for ids in parts for weight in _shares(weights(len(ids)))])
+    offsets = torch.cumsum(counts, 0) - counts
+    rows = torch.nn.functional.embedding_bag(flat, old, offsets, mode="sum", per_sample_weights=each)
+    rows[counts == 0] = old.mean(0)
     return rows
 
 
-_FUNCTIONS = {"subword-mean": _subword_mean, "mean-resizing": _mean_resizing, "random": _random}
+def _shares(weights: Sequence[float]) -> list[float]:
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
+_FUNCTIONS: dict[str, Callable[[torch.Tensor, Parts, Side], torch.Tensor]] = {
+    "asymmetric": _asymmetric,
+    "subword-mean": _subword_mean,
+    "mean-resizing": _mean_resizing,
+    "random": _random,
+}
+METHODS = tuple(_FUNCTIONS)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from chinese_llama.artifacts import Keep, Manifest, input_record, read_manifest, stands, write_manifest
 from chinese_llama.directories import MANIFEST, new_directory, write_text
 from chinese_llama.errors import DoesNotFit, UserError
-from chinese_llama.model.initialise import METHODS, new_rows
+from chinese_llama.model.initialise import METHODS, Side, new_rows
 from chinese_llama.model.shards import EMBED, HEAD, Change, Weights, read_json, rewrite
 from chinese_llama.vocab.bases import before_extension
 from chinese_llama.vocab.fast import FILES as TOKENIZER_FILES
@@ -22,24 +24,27 @@ from chinese_llama.vocab.fast import write_tokenizer
 from chinese_llama.vocab.proto import read_model
 from chinese_llama.vocab.readers import Reader, open_readers
 
+DEFAULT, DISTILL = "asymmetric", "distill"
+
 
 def extend_model(
     base: Path,
     tokenizer: Path,
     output: Path,
-    init: str = "subword-mean",
+    init: str = DEFAULT,
     pad_to_multiple_of: int = 1,
+    corpus: Sequence[Path] = (),
     force: bool = False,
     keep: Keep = False,
 ) -> Manifest:
     """Write `base` with rows for the new pieces of `tokenizer` to `output`; return its manifest.
 
+    `init` is a method of `initialise`, or "distill", which starts from the default one, then trains the
+    input rows on snippets of `corpus` (see `distill`) and has the model in memory for it.
+
     Raises DoesNotFit if the tokenizer does not extend the base's, UserError for unknown settings.
     """
-    if init not in METHODS:
-        raise UserError(f"--init {init!r}: known are {', '.join(METHODS)}.")
-    if pad_to_multiple_of < 1:
-        raise UserError("--pad-to-multiple-of must be at least 1.")
+    _check_settings(init, pad_to_multiple_of, corpus)
     source = Weights(base)
     reader = open_readers(tokenizer)[0]
     old_size = base_vocab_size(base, tokenizer, reader)
@@ -48,7 +53,11 @@ def extend_model(
     manifest = Manifest(
         "model",
         "extend-model",
-        inputs={"base": input_record(base), "tokenizer": input_record(tokenizer)},
+        inputs={
+            "base": input_record(base),
+            "tokenizer": input_record(tokenizer),
+            **{f"corpus:{index}": input_record(path) for index, path in enumerate(corpus)},
+        },
         settings={"init": init, "pad_to_multiple_of": pad_to_multiple_of},
         vocab_size=len(reader.pieces),
         metrics={"base_vocab_size": old_size, "rows": rows},
@@ -56,8 +65,13 @@ def extend_model(
     if keep and stands(output, manifest, force, keep):
         return read_manifest(output) or manifest
     parts = decompose(tokenizer, reader, old_size, rows)
-    names = [name for name in (EMBED, HEAD) if name in source]
-    changes = {name: _grown(source, name, old_size, rows, init, parts) for name in names}
+    changes = {
+        name: _grown(source, name, old_size, DEFAULT if init == DISTILL else init, parts)
+        for name in (EMBED, HEAD)
+        if name in source
+    }
+    if init == DISTILL:
+        manifest.metrics |= _distilled(changes, base, tokenizer, corpus, old_size, parts)
     with new_directory(output, force, manifest.places()) as partial:
         copy_other_files(base, partial)
         copy_tokenizer(tokenizer, partial)
@@ -66,6 +80,18 @@ def extend_model(
         rewrite(source, partial, changes, "extending")
         write_manifest(partial, manifest)
     return manifest
+
+
+def _check_settings(init: str, pad_to_multiple_of: int, corpus: Sequence[Path]) -> None:
+    known = (*METHODS, DISTILL)
+    if init not in known:
+        raise UserError(f"--init {init!r}: known are {', '.join(known)}.")
+    if pad_to_multiple_of < 1:
+        raise UserError("--pad-to-multiple-of must be at least 1.")
+    if init == DISTILL and not corpus:
+        raise UserError("--init distill reads the new pieces in texts; give some with --corpus.")
+    if init != DISTILL and corpus:
+        raise UserError(f"--corpus is for --init distill; {init} reads none.")
 
 
 def base_vocab_size(base: Path, tokenizer: Path, reader: Reader) -> int:
@@ -118,14 +144,33 @@ def decompose(tokenizer: Path, reader: Reader, old_size: int, rows: int) -> list
     return parts
 
 
-def _grown(source: Weights, name: str, old_size: int, rows: int, init: str, parts: list[list[int]]) -> Change:
+def _grown(source: Weights, name: str, old_size: int, init: str, parts: list[list[int]]) -> Change:
     (_, hidden), dtype = source.meta(name)
+    side: Side = "tied" if HEAD not in source else "output" if name == HEAD else "input"
 
     def make() -> torch.Tensor:
         old = source.load(name)[:old_size]
-        return torch.cat([old, new_rows(init, old, parts).to(dtype)])
+        return torch.cat([old, new_rows(init, old, parts, side).to(dtype)])
 
-    return Change((rows, hidden), dtype, make)
+    return Change((old_size + len(parts), hidden), dtype, make)
+
+
+def _distilled(
+    changes: dict[str, Change],
+    base: Path,
+    tokenizer: Path,
+    corpus: Sequence[Path],
+    old_size: int,
+    parts: list[list[int]],
+) -> dict[str, Any]:
+    """Replace the new input rows of `changes` by distilled ones; return figures for the manifest."""
+    from chinese_llama.model.distill import distill
+
+    start = changes[EMBED].make()
+    rows, figures = distill(base, tokenizer, corpus, start[old_size:].float(), parts, old_size)
+    start[old_size:] = rows.to(start.dtype)
+    changes[EMBED] = Change(tuple(start.shape), start.dtype, lambda: start)
+    return figures
 
 
 def copy_other_files(source: Path, target: Path) -> None:

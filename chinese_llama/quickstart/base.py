@@ -11,7 +11,6 @@ import sentencepiece
 
 from chinese_llama.artifacts import Manifest, input_record, read_manifest, stands, write_manifest
 from chinese_llama.data.formats import documents
-from chinese_llama.data.packing import pack_documents
 from chinese_llama.directories import new_directory
 from chinese_llama.vocab.fast import write_tokenizer
 from chinese_llama.vocab.proto import model_pb2
@@ -76,44 +75,43 @@ def make_base(corpus: Path, output: Path, force: bool = False) -> Manifest:
         proto = english_tokenizer(corpus)
         write_tokenizer(partial, proto, None)
         with tempfile.TemporaryDirectory() as directory:
-            model, log = _pretrain(proto, corpus, directory)
+            model, log = _pretrain(partial, corpus, Path(directory))
         model.save_pretrained(str(partial))
         manifest.metrics = {"log": log, "parameters": model.num_parameters()}
         write_manifest(partial, manifest)
     return manifest
 
 
-def _pretrain(
-    proto: model_pb2.ModelProto, corpus: Path, directory: str
-) -> tuple[Any, list[dict[str, float]]]:
-    """The trained model and its loss by step."""
-    import datasets
+def _pretrain(place: Path, corpus: Path, directory: Path) -> tuple[Any, list[dict[str, float]]]:
+    """The trained model, with the tokenizer in `place`, and its loss by step."""
     import transformers
 
+    from chinese_llama.data.mixture import Source
+    from chinese_llama.data.prepare import Job, prepare
+    from chinese_llama.model.load import load_tokenizer
     from chinese_llama.train.callbacks import Bar
-    from chinese_llama.vocab.proto import encoder
+    from chinese_llama.train.collate import Collator
 
-    transformers.set_seed(int(TRAINING["seed"]))  # type: ignore[call-overload]
-    config = transformers.LlamaConfig(vocab_size=len(proto.pieces), dtype="float32", **CONFIG)
+    seed = int(TRAINING["seed"])  # type: ignore[call-overload]
+    transformers.set_seed(seed)
+    tokenizer = load_tokenizer(place)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), dtype="float32", use_cache=False, **CONFIG)
     model = transformers.LlamaForCausalLM(config)
-    processor = encoder(proto)
-    bos, eos = processor.bos_id(), processor.eos_id()
-    ids = ([bos, *processor.encode(text), eos] for text in documents(corpus))
-    blocks = datasets.Dataset.from_list(list(pack_documents(ids, BLOCK_SIZE, eos))).with_format("torch")
+    job = Job("pretraining", (Source(corpus),), place, BLOCK_SIZE)
+    collator = Collator(BLOCK_SIZE, tokenizer.eos_token_id)
     arguments = transformers.TrainingArguments(
-        output_dir=directory,
+        output_dir=str(directory),
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         remove_unused_columns=False,
         **TRAINING,
     )
-    model.config.use_cache = False
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
-        train_dataset=blocks,
-        data_collator=transformers.default_data_collator,
+        train_dataset=prepare(job, directory / "prepared", tokenizer).dataset(seed),
+        data_collator=lambda rows: {k: v for k, v in collator(rows).items() if k != "documents"},
         callbacks=[Bar("base")],
     )
     trainer.remove_callback(transformers.PrinterCallback)

@@ -8,7 +8,7 @@ from typing import Any
 
 from chinese_llama.data.mixture import names, sources
 from chinese_llama.data.prepare import Job, Prepared, prepare
-from chinese_llama.data.templates import find_template
+from chinese_llama.data.templates import find_template, fit_template
 from chinese_llama.errors import UserError
 from chinese_llama.train.fields import Fields, PretrainingFields, Recipe, TuningFields, resolve
 
@@ -27,13 +27,15 @@ def pretraining_job(recipe: Recipe[PretrainingFields]) -> Job:
 
 def tuning_job(recipe: Recipe[TuningFields]) -> Job:
     """Conversations, as the template writes them, packed whole."""
+    from chinese_llama.model.load import load_tokenizer
+
     fields = recipe.fields
     return Job(
         kind="instructions",
         sources=tuple(sources(fields.data)),
         tokenizer=Path(fields.tokenizer),
         block_size=fields.max_seq_length,
-        template=find_template(fields.template),
+        template=fit_template(find_template(fields.template), load_tokenizer(fields.tokenizer)),
         too_long=fields.too_long,
         bad_records=fields.bad_records,
     )

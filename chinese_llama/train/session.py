@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from chinese_llama.artifacts import Manifest, identity, input_record, read_manifest, sha256_file, stands
 from chinese_llama.data.mixture import names
-from chinese_llama.data.prepare import Job, Prepared, _source_digest, prepare
+from chinese_llama.data.prepare import Job, Prepared, prepare, source_digest
 from chinese_llama.directories import check_apart, check_output, write_text
 from chinese_llama.errors import Interrupted, UserError
 from chinese_llama.merging.plan import Adapter, resolve
@@ -62,10 +62,14 @@ def run(recipe: Recipe[Any], job: Job) -> Manifest:
     try:
         _run(recipe, job, adapters, manifest, directory)
     except BaseException:
-        if not last_checkpoint(directory):
+        if _is_first_process() and not last_checkpoint(directory):
             shutil.rmtree(directory, ignore_errors=True)  # nothing to go on from
         raise
     return manifest
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _run(recipe: Recipe[Any], job: Job, adapters: list[Adapter], manifest: Manifest, directory: Path) -> None:
@@ -112,7 +116,7 @@ def _manifest(recipe: Recipe[Any], job: Job, adapters: list[Adapter]) -> Manifes
     for number, adapter in enumerate(adapters):
         inputs[f"parent:{number}"] = {"path": str(adapter.path), "sha256": identity(adapter.path)}
     for number, source in enumerate(job.sources):
-        inputs[f"data:{number}"] = {"path": str(source.path), "sha256": _source_digest(source)}
+        inputs[f"data:{number}"] = {"path": str(source.path), "sha256": source_digest(source)}
     places = (
         "model_name_or_path",
         "tokenizer_name_or_path",
@@ -139,6 +143,8 @@ def _run_directory(output: Path, manifest: Manifest, force: bool) -> Path:
     """`<output>.run`, new or of the same run. Another run that was left there is removed if it has no
     checkpoint or `force` says so; else raises UserError."""
     directory = output.with_name(output.name + ".run")
+    if not _is_first_process():
+        return directory
     what = {"inputs": {r: v["sha256"] for r, v in manifest.inputs.items()}, "settings": manifest.settings}
     text = json.dumps(what, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     record = directory / "run.json"
@@ -165,11 +171,12 @@ def _trainer(
     """The trainer with its callbacks; trackers write beside the output, where they outlive the run."""
     fields = recipe.fields
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{fields.output_dir}.tensorboard")
     sources = prepared.manifest.metrics["sources"]
     characters = sum(s["characters"] for s in sources) / max(sum(s["tokens"] for s in sources), 1)
     log = JsonLog(Path(arguments.output_dir) / LOG, fields.length, characters)
     across = getattr(fields, "cross_document_attention", False)
+    boards = "TENSORBOARD_LOGGING_DIR"
+    ours = os.environ.setdefault(boards, kept := f"{fields.output_dir}.tensorboard") == kept
     try:
         trainer = VocabularyTrainer(
             fields,
@@ -183,6 +190,9 @@ def _trainer(
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"{recipe.name}: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        if ours:
+            del os.environ[boards]
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     files = {**prepared.held_out(), **{name: Path(file) for name, file in fields.eval_text.items()}}
@@ -195,7 +205,8 @@ def _trainer(
 def _train(trainer: VocabularyTrainer, evaluation: Evaluation, directory: Path, name: str) -> None:
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    checkpoint = last_checkpoint(directory)
+    with trainer.args.main_process_first(desc="looking for checkpoints"):
+        checkpoint = last_checkpoint(directory)
     if checkpoint:
         say(f"{name}: going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -231,6 +231,7 @@ PARTS = [
     "{{ eos_token }}", "{%", " ", "  ", "\n", "\t", "中国", "的首都", "答", "😀", "é", "a", "The ", "1", ":", "▁", "\\n", "'",
     "\x1f", "\ue000", "\U000f0000",
 ]  # fmt: skip
+NAMES = st.sampled_from(sorted(TEMPLATES))
 TEXTS = st.lists(st.sampled_from(PARTS), min_size=1, max_size=6).map("".join)
 
 
@@ -246,9 +247,8 @@ def talks(draw: st.DrawFn, texts: st.SearchStrategy[str] = TEXTS) -> list[Messag
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
-@settings(max_examples=20, deadline=None)
-@given(messages=talks())
+@settings(max_examples=80, deadline=None)
+@given(name=NAMES, messages=talks())
 def test_samples_begin_with_their_prompts_and_exactly_answers_and_their_ends_are_learnt(
     tokenizers: dict[str, Any], name: str, kind: str, messages: list[Message]
 ) -> None:
@@ -267,9 +267,8 @@ def test_samples_begin_with_their_prompts_and_exactly_answers_and_their_ends_are
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
-@settings(max_examples=20, deadline=None)
-@given(messages=talks())
+@settings(max_examples=80, deadline=None)
+@given(name=NAMES, messages=talks())
 def test_control_tokens_in_users_texts_stay_text(
     tokenizers: dict[str, Any], name: str, kind: str, messages: list[Message]
 ) -> None:
@@ -287,9 +286,8 @@ def test_control_tokens_in_users_texts_stay_text(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
-@settings(max_examples=15, deadline=None)
-@given(content=TEXTS)
+@settings(max_examples=80, deadline=None)
+@given(name=NAMES, content=TEXTS)
 def test_any_text_stands_in_the_prompt_as_it_is(
     tokenizers: dict[str, Any], name: str, kind: str, content: str
 ) -> None:
@@ -311,9 +309,8 @@ WORDS = st.lists(st.sampled_from(["中国", "答", "The", "a b", "1,\n\n2", "�
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
-@settings(max_examples=15, deadline=None)
-@given(messages=talks(WORDS))
+@settings(max_examples=80, deadline=None)
+@given(name=NAMES, messages=talks(WORDS))
 def test_other_programs_get_the_same_ids_from_the_saved_template(
     tokenizers: dict[str, Any], name: str, kind: str, messages: list[Message]
 ) -> None:
@@ -424,12 +421,23 @@ def test_a_template_of_ones_own_from_a_file(tokenizers: dict[str, Any], tmp_path
     assert made == Sample(prompt + learnt, [IGNORE] * len(prompt) + learnt, [len(prompt + learnt)])
 
 
+def test_a_control_token_that_begins_with_another_is_read_whole(tmp_path: Path) -> None:
+    backend = tiny.byte_level()
+    backend.add_special_tokens(["<|end|><|x|>"])
+    tokenizer = load_tokenizer(tiny.write_byte_level(tmp_path, backend))
+    template = "{% for m in messages %}{{ m.content + '<|end|><|x|>' }}{% endfor %}"
+    (made,) = samples(tokenizer, template, [[user("a"), assistant("b")]])
+    assert tokenizer.convert_ids_to_tokens(made.input_ids) == ["a", "<|end|><|x|>", "b", "<|end|><|x|>"]
+    assert stop_ids(tokenizer, template) == [tokenizer.eos_token_id, made.input_ids[-1]]
+
+
 WRONG = [
     ("{{ messages[0].content", r"cannot be rendered \(unexpected end"),
     ("{{ raise_exception('system first') }}", r"cannot be rendered \(system first\)"),
     ("{{ messages[0].content + 1 }}", r"cannot be rendered"),
     ("{% for m in messages %}{{ m.content }}{% endfor %}", r"no control token after an answer, .*eos_token"),
-    ("{% for m in messages %}{{ bos_token + m.content }}{% endfor %}", r"no control token after an answer"),
+    ("{% for m in messages %}{{ bos_token + m.content }}{% endfor %}{{ '' if add_generation_prompt else eos_token }}",
+     r"no control token after an answer"),
     ("{% for m in messages if m.role == 'user' %}{{ m.content + eos_token }}{% endfor %}", r"no control token after"),
     ("{% for m in messages %}{{ m.content + (eos_token if loop.last else '') }}{% endfor %}", r"something else before"),
     ("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}{{ eos_token }}", r"something else before an answer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,16 @@ def test_it_stops_at_eos(tokenizer: Any) -> None:
     assert "".join(parts(parrot(tokenizer, [tokenizer.eos_token_id]), tokenizer)) == ""
 
 
+def test_it_stops_at_what_ends_an_answer_in_the_template(tokenizer: Any) -> None:
+    a, b, c = (tokenizer.convert_tokens_to_ids(letter) for letter in "abc")
+    said = parrot(tokenizer, [a, tokenizer.unk_token_id, b, tokenizer.eos_token_id, c])
+    assert "".join(parts(said, tokenizer)) == "ab", "a control token that ends nothing is not shown"
+    tuned = copy.deepcopy(tokenizer)
+    tuned.chat_template = "{% for m in messages %}{{ m.content + '<unk>' }}{% endfor %}"
+    assert "".join(parts(said, tuned)) == "a"
+    assert "".join(parts(parrot(tuned, [a, tuned.eos_token_id, b]), tuned)) == "a"
+
+
 def test_it_stops_at_the_limit_of_the_model(model: Any, tokenizer: Any) -> None:
     limit = model.config.max_position_embeddings
     ids = [tokenizer.bos_token_id] + [tokenizer.convert_tokens_to_ids("a")] * (limit - 4)
@@ -124,7 +135,7 @@ def test_a_tuned_tokenizer_asks_in_its_template_unless_raw(base: Path) -> None:
     assert model_input(tuned, "Hello") == plain
     tuned.chat_template = find_template("chinese-alpaca")
     asked = model_input(tuned, "Hello")
-    assert asked == prompt_ids(tuned, tuned.chat_template, "Hello")
+    assert asked == prompt_ids(tuned, tuned.chat_template, [{"role": "user", "content": "Hello"}])
     assert asked != plain
     assert "### Instruction:\nHello\n\n### Response: " in tuned.decode(asked)
     assert model_input(tuned, "Hello", raw=True) == plain

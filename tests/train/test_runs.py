@@ -314,6 +314,29 @@ def test_measures_are_logged_drawn_and_told(extended: Path, work: Path, tmp_path
     assert "memory_gib" in entry or "gpu_memory_gib" in entry
 
 
+def test_tensorboard_gets_the_figures(extended: Path, work: Path, tmp_path: Path) -> None:
+    """Beside the output, where they outlive the run."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pretrain(
+        *(extended, work / "zh.jsonl", tmp_path / "a", "--max_steps", "3", "--logging_steps", "1"),
+        *("--report_to", "tensorboard", "--eval_text", f"en={work / 'en.jsonl'}"),
+    )
+    events = EventAccumulator(str(tmp_path / "a.tensorboard"))
+    events.Reload()
+    names = events.Tags()["scalars"]
+    assert any(name.endswith("loss") for name in names)
+    assert any("en/bits_per_byte" in name for name in names)
+
+
+def test_a_tracker_that_is_not_installed_is_one_sentence(
+    extended: Path, work: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="comet"):
+        pretrain(extended, work / "zh.jsonl", tmp_path / "a", "--report_to", "comet_ml")
+
+
 def test_measuring_changes_nothing(extended: Path, work: Path, tmp_path: Path) -> None:
     common = ("--max_steps", "4", "--lora_dropout", "0.1")
     plain = pretrain(extended, work / "zh.jsonl", tmp_path / "a", *common)
