@@ -14,7 +14,7 @@ from chinese_llama.model.adapters import Tensors, bake, merged_changes, read_ten
 from chinese_llama.model.load import check_pair, check_tokenizer, first_new_id, load_model
 from chinese_llama.model.lora import add_lora, continue_lora, lora_config
 from chinese_llama.model.shards import EMBED, Weights
-from chinese_llama.train.fields import Recipe
+from chinese_llama.train.fields import Fields, Recipe
 
 
 def build(recipe: Recipe[Any], adapters: list[Adapter], tokenizer: Any, arguments: Any) -> Any:
@@ -57,6 +57,24 @@ def build(recipe: Recipe[Any], adapters: list[Adapter], tokenizer: Any, argument
         use_dora=fields.use_dora,
     )
     return add_lora(model, config)
+
+
+def adopt(fields: Fields) -> None:
+    """Let the settings of `init_adapter` hold, as far as they are an adapter's."""
+    if not fields.init_adapter:
+        return
+    config = load("init_adapter", Path(fields.init_adapter)).config
+    for name, key in (
+        ("lora_r", "r"),
+        ("lora_alpha", "lora_alpha"),
+        ("lora_dropout", "lora_dropout"),
+        ("lora_target_modules", "target_modules"),
+        ("use_rslora", "use_rslora"),
+        ("use_dora", "use_dora"),
+    ):
+        setattr(fields, name, config.get(key, getattr(fields, name)))
+    rows = "new-rows" if config.get("trainable_token_indices") else "frozen"
+    fields.embeddings = "full" if config.get("modules_to_save") else rows
 
 
 def training_device() -> str:

@@ -69,7 +69,7 @@ def prepare_ahead(name: str, argv: Sequence[str]) -> Prepared:
 
     fields, job = JOBS[name]
     quiet_libraries()
-    recipe = resolve(name, fields, {}, _filled(argv))
+    recipe: Recipe[Any] = resolve(name, fields, {}, _filled(argv))
     return prepare(job(recipe), prepared_root(recipe.fields), load_tokenizer(recipe.fields.tokenizer))
 
 

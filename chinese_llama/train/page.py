@@ -86,7 +86,7 @@ def picture(log: Log, path: Path) -> None:
 
     measured = [entry for entry in log if "eval" in entry]
     figure = Figure(figsize=(10 if measured else 5.5, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
+    axes: Any = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
     losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     axes[0].plot(*zip(*losses, strict=True), color="#3b82c4", marker="." if len(losses) < 40 else None)
     axes[0].set(xlabel="step", ylabel="loss, nats per token")

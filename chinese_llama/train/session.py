@@ -28,7 +28,7 @@ from chinese_llama.model.load import load_tokenizer, resolve_dtype
 from chinese_llama.model.lora import trainable_groups
 from chinese_llama.progress import say
 from chinese_llama.train import dry
-from chinese_llama.train.build import build, check_length
+from chinese_llama.train.build import adopt, build, check_length
 from chinese_llama.train.callbacks import LOG, Bar, JsonLog, StopOnSignal
 from chinese_llama.train.collate import Collator
 from chinese_llama.train.evaluation import Evaluation, prepare_texts
@@ -47,11 +47,12 @@ def run(recipe: Recipe[Any], job: Job) -> Manifest:
     output = Path(fields.output_dir)
     adapters = [resolve(name, recipe.workspace) for name in fields.adapters]
     check_length(Path(fields.model_name_or_path), fields.length)
+    adopt(fields)
     _settle_dtype(recipe)
     manifest = _manifest(recipe, job, adapters)
     if fields.dry_run:
-        with tempfile.TemporaryDirectory() as directory:
-            _run(recipe, job, adapters, manifest, Path(directory))
+        with tempfile.TemporaryDirectory() as place:
+            _run(recipe, job, adapters, manifest, Path(place))
         return manifest
     check_apart(output, manifest.places())
     if recipe.keep and stands(output, manifest, fields.force):

@@ -30,6 +30,8 @@ class VocabularyTrainer(Trainer):
     For the first `rows_only_steps` steps LoRA's learning rate is zero; its schedule starts after them.
     """
 
+    optimizer: Any
+
     def __init__(self, fields: Any, sources: list[str], **arguments: Any) -> None:
         super().__init__(**arguments)
         self.fields, self.sources = fields, sources

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import multiprocessing
 import os
 import pickle
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +15,6 @@ import numpy as np
 import pytest
 
 from chinese_llama.artifacts import read_manifest
-from chinese_llama.data import prepare as module
 from chinese_llama.data import reading
 from chinese_llama.data.formats import documents
 from chinese_llama.data.mixture import Source, sources
@@ -31,44 +22,14 @@ from chinese_llama.data.prepare import Job, Prepared, key, prepare, source_diges
 from chinese_llama.data.templates import find_template, text_ids
 from chinese_llama.errors import BadFile, UserError
 from tests import tiny
+from tests.data.conftest import texts
 
 TEMPLATE = find_template("chinese-alpaca")
 
 
-@pytest.fixture(scope="module")
-def fast(tokenizer: Path) -> Any:
-    from chinese_llama.model.load import load_tokenizer
-
-    return load_tokenizer(tokenizer)
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of some hundred tokens, so that there are several."""
-    monkeypatch.setattr(module, "PART", 1500)
-    monkeypatch.setattr(reading, "BATCH", 400)
-
-
-def texts(number: int, seed: int = 0) -> list[str]:
-    """Different documents of 1 to 60 words."""
-    chosen = random.Random(seed)
-    words = [word for text in tiny.ENGLISH[:5] for word in text.split()] + tiny.CHINESE[:5]
-    return [f"{n} " + " ".join(chosen.choices(words, k=chosen.randint(1, 60))) for n in range(number)]
-
-
-@pytest.fixture
-def job(tmp_path: Path, tokenizer: Path) -> Job:
-    """Two sources, one of them a directory of two files."""
-    (tmp_path / "zh").mkdir()
-    tiny.write_texts(tmp_path / "zh" / "a.jsonl", texts(60))
-    tiny.write_texts(tmp_path / "zh" / "b.jsonl", texts(60, 1))
-    tiny.write_texts(tmp_path / "en.jsonl", texts(40, 2))
-    return Job("pretraining", (Source(tmp_path / "zh"), Source(tmp_path / "en.jsonl")), tokenizer, 64)
-
-
 @pytest.fixture
 def tuning(work: Path, tokenizer: Path) -> Job:
-    return Job("instructions", (Source(work / "ins.jsonl"),), tokenizer, 128, template=TEMPLATE)
+    return Job("instructions", (Source(work / "ins.jsonl"),), tokenizer, 512, template=TEMPLATE)
 
 
 def write_lines(path: Path, records: list[Any]) -> Path:
@@ -82,11 +43,6 @@ def all_rows(prepared: Prepared) -> list[dict[str, Any]]:
         {name: value.tolist() for name, value in found[number].items() if hasattr(value, "tolist")}
         for number in range(len(found))
     ]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Everything but the manifest, which holds times."""
-    return {file.name: file.read_bytes() for file in directory.iterdir() if file.suffix != ".json"}
 
 
 def test_the_rows_are_the_documents(job: Job, fast: Any, tmp_path: Path, small: None) -> None:
@@ -224,9 +180,7 @@ def test_weights_choose_blocks(job: Job, fast: Any, tmp_path: Path) -> None:
     numbers = mixed.dataset(0)["source"][:]
     assert len(numbers) == pytest.approx(sum(blocks), abs=1)
     assert list(numbers).count(1) == pytest.approx(0.9 * sum(blocks), abs=1)
-    first, again, other = (
-        [row["input_ids"].tolist() for row in mixed.dataset(seed)] for seed in (0, 0, 1)
-    )
+    first, again, other = ([row["input_ids"].tolist() for row in mixed.dataset(seed)] for seed in (0, 0, 1))
     assert first == again != other
 
 
@@ -261,9 +215,7 @@ def keyed(tmp_path: Path, tokenizer: Path) -> Job:
     shutil.copytree(tokenizer, tmp_path / "tokenizer")
     tiny.write_texts(tmp_path / "a.jsonl", texts(3))
     tiny.write_texts(tmp_path / "b.jsonl", texts(3, 1))
-    return Job(
-        "pretraining", (Source(tmp_path / "a.jsonl"),), tmp_path / "tokenizer", 64, template=TEMPLATE
-    )
+    return Job("pretraining", (Source(tmp_path / "a.jsonl"),), tmp_path / "tokenizer", 64, template=TEMPLATE)
 
 
 def test_each_change_gives_a_key_of_its_own(keyed: Job, tmp_path: Path) -> None:
@@ -291,11 +243,164 @@ def test_places_and_weights_are_not_in_the_key(keyed: Job, tmp_path: Path) -> No
     (tmp_path / "moved").mkdir()
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "moved" / "c.jsonl")
     shutil.move(tmp_path / "tokenizer", tmp_path / "moved" / "t")
-    moved = replace(keyed, sources=(Source(tmp_path / "moved"),), tokenizer=tmp_path / "moved" / "t")
-    shutil.rmtree(tmp_path / "moved" / "t", ignore_errors=False) if False else None
-    assert key(replace(moved, sources=(Source(tmp_path / "moved" / "c.jsonl"),))) == before
+    moved = (Source(tmp_path / "moved" / "c.jsonl"),)
+    assert key(replace(keyed, sources=moved, tokenizer=tmp_path / "moved" / "t")) == before
 
 
 def test_jobs_are_plain(job: Job) -> None:
     assert pickle.loads(pickle.dumps(job)) == job
     assert hash(job) == hash(replace(job))
+
+
+def break_size(part: Path) -> None:
+    os.truncate(part, part.stat().st_size - 64)
+
+
+def break_byte(part: Path) -> None:
+    raw = part.read_bytes()
+    part.write_bytes(raw[:-100] + bytes([raw[-100] ^ 1]) + raw[-99:])
+
+
+def remove(part: Path) -> None:
+    part.unlink()
+
+
+def add(part: Path) -> None:
+    shutil.copy(part, part.with_name("0-00009.arrow"))
+
+
+def unmark(part: Path) -> None:
+    (part.parent / "chinese_llama.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [break_size, break_byte, remove, add, unmark])
+def test_damage_is_noticed_and_said(
+    damage: Callable[[Path], None], job: Job, fast: Any, tmp_path: Path
+) -> None:
+    made = prepare(job, tmp_path / "prepared", fast).directory
+    damage(made / "0-00000.arrow")
+    with pytest.raises(BadFile, match=rf"{made.name}: is damaged .*; remove it, and it is made again\.$"):
+        prepare(job, tmp_path / "prepared", fast)
+    shutil.rmtree(made)
+    assert prepare(job, tmp_path / "prepared", fast).directory == made
+
+
+def test_a_manifest_that_cannot_be_read_is_named(job: Job, fast: Any, tmp_path: Path) -> None:
+    made = prepare(job, tmp_path / "prepared", fast).directory
+    (made / "chinese_llama.json").write_text("{")
+    with pytest.raises(BadFile, match=r"chinese_llama\.json: is not a manifest"):
+        prepare(job, tmp_path / "prepared", fast)
+
+
+@pytest.mark.parametrize("cut", [0, 200, 1000])
+def test_a_part_that_does_not_open_is_named(cut: int, job: Job, fast: Any, tmp_path: Path) -> None:
+    """Damage after the directory was looked at, or that no size and no time shows."""
+    prepared = prepare(job, tmp_path / "prepared", fast)
+    part = prepared.directory / "1-00000.arrow"
+    raw = part.read_bytes()
+    part.write_bytes(raw[:cut] + b"\xff" * (len(raw) - cut))
+    with pytest.raises(BadFile, match=rf"1-00000\.arrow: is damaged; remove {prepared.directory}, and"):
+        prepared.dataset(0)
+
+
+def test_copied_data_is_still_good(job: Job, fast: Any, tmp_path: Path) -> None:
+    """Other times of change, the same bytes."""
+    made = prepare(job, tmp_path / "prepared", fast)
+    shutil.copytree(made.directory, tmp_path / "copy" / made.directory.name, copy_function=shutil.copyfile)
+    copy = prepare(job, tmp_path / "copy", None)
+    assert all_rows(copy) == all_rows(made)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "both"}, r"^kind: 'both' is none of pretraining, instructions\.$"),
+        ({"too_long": "cut"}, r"^too_long: 'cut' is none of drop, truncate\.$"),
+        ({"bad_records": "fix"}, r"^bad_records: 'fix' is none of stop, skip\.$"),
+        ({"eval_split": 0.6}, r"^eval_split: 0\.6 is no share from 0 to 0\.5\.$"),
+        ({"eval_split": -0.1}, r"^eval_split: -0\.1 is no share"),
+        ({"eval_split": float("nan")}, r"^eval_split: nan is no share"),
+        ({"block_size": 1}, r"^block_size: 1 is too small; a block holds at least 2 tokens\.$"),
+        ({"kind": "instructions"}, r"^Instructions need a template, and take no eval_split\.$"),
+        ({"kind": "instructions", "template": TEMPLATE, "eval_split": 0.1}, r"^Instructions need a template"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(job: Job, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(job, **values)
+
+
+def no_file(path: Path) -> None:
+    path.unlink()
+
+
+def empty(path: Path) -> None:
+    path.write_text("")
+
+
+def no_utf8(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + '{"text": "中文"}'.encode("gb18030"))
+
+
+def no_json(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf-8") + "nonsense\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_file, r"en\.jsonl: no such file\.$"),
+        (empty, r"en\.jsonl: holds no text\.$"),
+        (no_utf8, r"en\.jsonl, line 41: is not UTF-8; "),
+        (no_json, r"en\.jsonl, line 41: is not valid JSON "),
+    ],
+)
+def test_data_that_cannot_be_used_leave_nothing_behind(
+    spoil: Callable[[Path], None], message: str, job: Job, fast: Any, tmp_path: Path
+) -> None:
+    """They have to change, and will have another key."""
+    spoil(job.sources[1].path)
+    with pytest.raises(BadFile, match=message):
+        prepare(job, tmp_path / "prepared", fast)
+    assert [path.name for path in tmp_path.glob("prepared/*")] in ([], [".lock"])
+
+
+def test_a_directory_without_data_and_one_without_a_tokenizer_are_named(
+    job: Job, fast: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadFile, match=r"empty: has no file that ends in \.txt"):
+        prepare(replace(job, sources=(Source(tmp_path / "empty"),)), tmp_path / "prepared", fast)
+    with pytest.raises(
+        BadFile, match=r"empty: holds no tokenizer \(no tokenizer\.json or tokenizer\.model\)"
+    ):
+        key(replace(job, tokenizer=tmp_path / "empty"))
+
+
+def test_a_source_that_is_held_out_whole_is_named(tokenizer: Path, fast: Any, tmp_path: Path) -> None:
+    text = next(f"text {n}" for n in range(99) if reading.held_out(f"text {n}", 0.5))
+    tiny.write_texts(tmp_path / "a.jsonl", [text] * 3)
+    job = Job("pretraining", (Source(tmp_path / "a.jsonl"),), tokenizer, 64, eval_split=0.5)
+    with pytest.raises(
+        BadFile, match=r"a\.jsonl: all 3 documents are held out; lower eval_split or give more"
+    ):
+        prepare(job, tmp_path / "prepared", fast)
+
+
+def test_conversations_that_do_not_fit_at_all_are_counted(tuning: Job, fast: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        BadFile, match=r"ins\.jsonl: nothing to train on in blocks of 16 tokens: 16 too long\.$"
+    ):
+        prepare(replace(tuning, block_size=16), tmp_path / "prepared", fast)
+    write_lines(tmp_path / "none.jsonl", [])
+    with pytest.raises(BadFile, match=r"none\.jsonl: holds no conversations\.$"):
+        prepare(replace(tuning, sources=(Source(tmp_path / "none.jsonl"),)), tmp_path / "prepared", fast)
+
+
+def test_an_empty_file_among_others_is_no_error(tokenizer: Path, fast: Any, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("\n \n")
+    tiny.write_texts(tmp_path / "data" / "b.jsonl", texts(4))
+    job = Job("pretraining", (Source(tmp_path / "data"),), tokenizer, 64)
+    made = prepare(job, tmp_path / "prepared", fast)
+    assert made.manifest.metrics["sources"][0]["documents"] == 4

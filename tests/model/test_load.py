@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chinese_llama.errors import BadFile, DoesNotFit
-from chinese_llama.model.load import check_pair, first_new_id, load_model, load_tokenizer
+from chinese_llama.model.load import check_pair, check_tokenizer, first_new_id, load_model, load_tokenizer
 from chinese_llama.vocab.proto import read_model
+from tests import tiny
 
 TEXTS = ["The river 2023", "  two spaces", "\ta\n\nb", "中国，北京", "a </s> b", "🙂", ""]
 
@@ -104,6 +105,29 @@ def test_a_tokenizer_with_more_pieces_than_rows_does_not_fit(base: Path, tokeniz
     check_pair(model, load_tokenizer(base), base)
     with pytest.raises(DoesNotFit, match=r"has \d+ pieces, .* only 420 rows; .*extend-model"):
         check_pair(model, load_tokenizer(tokenizer), base)
+
+
+def test_a_tokenizer_of_another_size_does_not_fit(base: Path, extended: Path, tmp_path: Path) -> None:
+    """49,953 pieces on 49,954 rows run without a word, and babble."""
+    model = load_model(extended)
+    check_pair(model, load_tokenizer(extended), extended)
+    with pytest.raises(DoesNotFit, match=r"has 420 pieces, .* is a model of \d+; use the tokenizer"):
+        check_pair(model, load_tokenizer(base), extended)
+    tiny.write_llama(tmp_path / "odd", 421)
+    with pytest.raises(DoesNotFit, match="has 420 pieces, .* is a model of 421"):
+        check_pair(load_model(tmp_path / "odd"), load_tokenizer(base), tmp_path / "odd")
+    tiny.write_llama(tmp_path / "padded", 424)
+    check_pair(load_model(tmp_path / "padded"), load_tokenizer(base), tmp_path / "padded")
+
+
+def test_a_tokenizer_with_other_pieces_does_not_fit(base: Path, extended: Path, tmp_path: Path) -> None:
+    check_tokenizer(base, load_tokenizer(extended), "t")
+    check_tokenizer(tmp_path, load_tokenizer(extended), "t")
+    other = tiny.write_base(tmp_path / "other", tiny.base_tokenizer(400))
+    with pytest.raises(
+        DoesNotFit, match=r"t is not the tokenizer of .*base: id \d+ is '.+' in it, and '.+' beside"
+    ):
+        check_tokenizer(base, load_tokenizer(other), "t")
 
 
 def test_the_first_new_id_comes_from_a_manifest(base: Path, tokenizer: Path, extended: Path) -> None:

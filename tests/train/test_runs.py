@@ -239,6 +239,7 @@ def test_a_published_adapter_goes_on_and_all_of_it_trains(
     manifest = read_manifest(made)
     assert manifest is not None and manifest.inputs["adapter"]["path"] == str(old)
     assert manifest.vocab_size == rows_of(tokenizer)
+    assert manifest.settings["embeddings"] == "full" and manifest.settings["lora_alpha"] == 8
 
 
 def test_an_adapter_that_cannot_go_on_is_refused(

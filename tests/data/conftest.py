@@ -1,0 +1,45 @@
+"""What the tests of prepared data share: a tokenizer, and a job with several parts."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chinese_llama.data import prepare, reading
+from chinese_llama.data.mixture import Source
+from chinese_llama.data.prepare import Job
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def fast(tokenizer: Path) -> Any:
+    from chinese_llama.model.load import load_tokenizer
+
+    return load_tokenizer(tokenizer)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of some hundred tokens, so that there are several."""
+    monkeypatch.setattr(prepare, "PART", 1500)
+    monkeypatch.setattr(reading, "BATCH", 400)
+
+
+def texts(number: int, seed: int = 0) -> list[str]:
+    """Different documents of 1 to 60 words."""
+    chosen = random.Random(seed)
+    words = [word for text in tiny.ENGLISH[:5] for word in text.split()] + tiny.CHINESE[:5]
+    return [f"{n} " + " ".join(chosen.choices(words, k=chosen.randint(1, 60))) for n in range(number)]
+
+
+@pytest.fixture
+def job(tmp_path: Path, tokenizer: Path) -> Job:
+    """Two sources, one of them a directory of two files."""
+    (tmp_path / "zh").mkdir()
+    tiny.write_texts(tmp_path / "zh" / "a.jsonl", texts(60))
+    tiny.write_texts(tmp_path / "zh" / "b.jsonl", texts(60, 1))
+    tiny.write_texts(tmp_path / "en.jsonl", texts(40, 2))
+    return Job("pretraining", (Source(tmp_path / "zh"), Source(tmp_path / "en.jsonl")), tokenizer, 64)
