@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 from chinese_llama.evaluate.bits import evaluate
 from chinese_llama.merging.plan import load
 from chinese_llama.merging.stream import merge
+from chinese_llama.model.resize import extend_model
 from chinese_llama.quickstart.pipeline import recipe
+from chinese_llama.train.callbacks import read_log
+from tests import tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,6 +41,30 @@ def test_training_in_bfloat16_learns_and_merges(
         for place in (extended, tmp_path / "merged")
     )
     assert after < before - 0.2
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--quantization", "nf4", "--gradient_checkpointing", "true", "--optim", "paged_adamw_8bit"],
+        ["--quantization", "int8"],
+        ["--dtype", "float16"],
+        ["--gradient_checkpointing", "true", "--use_dora", "true"],
+    ],
+)
+def test_what_saves_memory_learns_too(more: list[str], tokenizer: Path, work: Path, tmp_path: Path) -> None:
+    tiny.write_base(tmp_path / "base", tiny.base_tokenizer(), hidden_size=64, intermediate_size=128)
+    extend_model(tmp_path / "base", tokenizer, tmp_path / "extended")
+    recipe("pt_lora").main(
+        [
+            *("--model_name_or_path", str(tmp_path / "extended"), "--data", str(work / "zh.jsonl")),
+            *("--output_dir", str(tmp_path / "plus"), "--block_size", "64", "--max_steps", "30"),
+            *("--learning_rate", "1e-2", "--logging_steps", "10", "--lora_r", "8", *more),
+            *("--eval_text", f"zh={work / 'zh.jsonl'}"),
+        ]
+    )
+    measured = [e["eval"]["zh"] for e in read_log(tmp_path / "plus" / "log.jsonl") if "eval" in e]
+    assert measured[-1]["bits_per_character"] < measured[0]["bits_per_character"] - 0.2
 
 
 def test_scores_are_those_of_the_cpu(extended: Path, work: Path) -> None:

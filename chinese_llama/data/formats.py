@@ -27,7 +27,7 @@ def documents(path: Path) -> Iterator[str]:
 
     Raises BadFile with the line for what cannot be read, and where there is no document at all.
     """
-    return _texts(path, _text_field)
+    return _texts(path, file_documents)
 
 
 def texts(path: Path) -> Iterator[str]:
@@ -36,13 +36,13 @@ def texts(path: Path) -> Iterator[str]:
 
     For what only looks at characters, such as a vocabulary.
     """
-    return _texts(path, _all_text)
+    return _texts(path, lambda file: _file_texts(file, _all_text))
 
 
-def _texts(path: Path, text_of: Callable[[Path, int | None, Any], str]) -> Iterator[str]:
+def _texts(path: Path, texts_of: Callable[[Path], Iterator[str]]) -> Iterator[str]:
     found = False
     for file in corpus_files(path):
-        for text in _file_texts(file, text_of):
+        for text in texts_of(file):
             found = True
             yield text
     if not found:

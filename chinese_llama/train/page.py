@@ -99,7 +99,7 @@ def picture(log: Log, path: Path) -> None:
     if measured:
         axes[1].set(xlabel="step", ylabel="bits")
         axes[1].set_ylim(bottom=0)
-        axes[1].legend(frameon=False, fontsize=8)
+        axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)

@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chinese_llama.data.formats import as_paths, corpus_files, documents, texts
+from chinese_llama.data.formats import as_paths, corpus_files, documents, file_documents, records, texts
 from chinese_llama.errors import BadFile, UserError
 
 TEXTS = ["中国的首都是北京。", "The quick brown fox.", "  leading  and 😀 trailing  "]
@@ -69,6 +69,26 @@ def test_parquet_streams_its_text_column(tmp_path: Path) -> None:
     table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert list(documents(tmp_path / "a.parquet")) == texts
+
+
+def test_of_parquet_only_the_text_is_read(tmp_path: Path) -> None:
+    """Other columns may be large; here they are broken."""
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["one", "two"], "other": ["x" * 1000, "y" * 1000]})
+    pyarrow.parquet.write_table(table, path, use_dictionary=False, compression=None)
+    start = path.read_bytes().index(b"x" * 1000)
+    raw = path.read_bytes()
+    put(path, raw[: start - 40] + b"\xff" * 1000 + raw[start + 960 :])
+    assert list(documents(path)) == ["one", "two"]
+    with pytest.raises(BadFile, match="is not a readable Parquet file"):
+        list(records(path))
+
+
+def test_a_file_without_documents_is_no_error_among_others(tmp_path: Path) -> None:
+    put(tmp_path / "a.txt", "\n")
+    put(tmp_path / "b.txt", "one\n")
+    assert list(file_documents(tmp_path / "a.txt")) == []
+    assert list(documents(tmp_path)) == ["one"]
 
 
 def test_empty_documents_and_lines_are_left_out(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chinese_llama.data.mixture import Source, dataset, mix, sources
+from chinese_llama.data.mixture import Source, mix, names, sources
 from chinese_llama.errors import BadFile, UserError
 
 WEIGHTED = st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 100)), min_size=1, max_size=5)
@@ -22,6 +23,9 @@ def test_sources_from_every_form() -> None:
     assert sources({"path": "a.txt"}) == [Source(Path("a.txt"))]
     given = [{"path": "a.txt", "weight": 2}, {"path": "b.txt", "weight": 0.5}]
     assert sources(given) == [Source(Path("a.txt"), 2), Source(Path("b.txt"), 0.5)]
+    whole = {"path": "user/wiki", "weight": 1, "files": "zh/*.parquet", "format": "sharegpt"}
+    assert sources(whole) == [Source(Path("user/wiki"), 1, "zh/*.parquet", "sharegpt")]
+    assert sources({"path": "a", "weight": None, "files": None, "format": None}) == [Source(Path("a"))]
 
 
 @pytest.mark.parametrize(
@@ -29,7 +33,7 @@ def test_sources_from_every_form() -> None:
     [
         ([], "data: no corpus is given"),
         (None, "data: None is neither a path nor"),
-        ([3], r"data: 3 is neither a path nor \{path: FILE, weight: NUMBER\}"),
+        ([3], r"data: 3 is neither a path nor \{path: FILE, weight: NUMBER, files: GLOB, f"),
         ({"weight": 1}, "is neither a path nor"),
         ({"path": "a", "wieght": 1}, "wieght.*is neither a path nor"),
         (["a", {"path": "b", "weight": 1}], "data: give every source a weight, or none"),
@@ -40,6 +44,8 @@ def test_sources_from_every_form() -> None:
         ({"path": "a.txt", "weight": float("nan")}, "the weight nan is not a positive number"),
         ({"path": "a.txt", "weight": float("inf")}, "the weight inf is not a positive number"),
         ({"path": "a.txt", "weight": [1]}, r"the weight \[1\] is not a positive number"),
+        ({"path": "a", "files": ["x", "y"]}, r"data: a: files \['x', 'y'\] is not text\.$"),
+        ({"path": "a", "format": 3}, r"data: a: format 3 is not text\.$"),
     ],
 )
 def test_data_that_cannot_be_says_what(data: Any, message: str) -> None:
@@ -77,40 +83,34 @@ def test_a_choice_of_blocks_is_random_and_follows_the_seed() -> None:
     assert first != sorted(first)
 
 
-def block(value: int) -> dict[str, list[int]]:
-    return {"input_ids": [value] * 4, "labels": [value] * 4, "position_ids": [0, 1, 2, 3]}
+def test_names_are_those_of_files_and_directories_and_none_comes_twice() -> None:
+    paths = ["a/zh.jsonl.gz", "b/zh.txt", "en", "user/wiki.zh", ".", "zh-2"]
+    assert names([Source(Path(path)) for path in paths]) == ["zh", "zh-2", "en", "wiki", "data", "zh-2-2"]
 
 
-class Blocks:
-    """As many blocks of the number in a source's name as that number says."""
-
-    def __call__(self, path: Path) -> Iterator[dict[str, list[int]]]:
-        for _ in range(int(path.name)):
-            yield block(int(path.name))
+def test_sources_are_plain() -> None:
+    one = Source(Path("a"), 1.0, "*.jsonl", "belle")
+    assert {one: 1}[pickle.loads(pickle.dumps(one))] == 1
 
 
-def test_a_data_set_of_two_sources(tmp_path: Path) -> None:
-    made = dataset([Source(Path("2")), Source(Path("3"))], Blocks(), tmp_path, seed=0)
-    assert made[:]["input_ids"][:, 0].tolist() == [2, 2, 3, 3, 3]
-    assert {name: tuple(values.shape) for name, values in made[:].items()} == dict.fromkeys(block(0), (5, 4))
-    assert any(tmp_path.iterdir()), "kept on disk"
+def test_a_glob_chooses_files_of_a_directory(tmp_path: Path) -> None:
+    for name in ("zh/a.jsonl", "zh/b.jsonl", "zh/sub/c.jsonl", "en/a.jsonl", "zh/notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}\n')
 
+    def found(files: str | None) -> list[str]:
+        return [str(file.relative_to(tmp_path)) for file in Source(tmp_path, files=files).list_files()]
 
-def test_a_weighted_data_set(tmp_path: Path) -> None:
-    made = dataset([Source(Path("2"), 3.0), Source(Path("6"), 1.0)], Blocks(), tmp_path, seed=0)
-    assert Counter(made[:]["input_ids"][:, 0].tolist()) == {2: 6, 6: 2}
-
-
-def test_a_source_without_a_block_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="0: nothing to train on: no sample fits into the block"):
-        dataset([Source(Path("2")), Source(Path("0"))], Blocks(), tmp_path, seed=0)
-
-
-def broken(path: Path) -> Iterator[dict[str, list[int]]]:
-    yield block(1)
-    raise BadFile(path, "is not valid JSON.", 2)
-
-
-def test_an_error_in_a_source_is_told_as_it_is(tmp_path: Path) -> None:
-    with pytest.raises(BadFile, match=r"zh\.jsonl, line 2: is not valid JSON"):
-        dataset([Source(Path("zh.jsonl"))], broken, tmp_path, seed=0)
+    assert found("zh/*.jsonl") == ["zh/a.jsonl", "zh/b.jsonl"]
+    assert found("zh/**/*.jsonl") == ["zh/a.jsonl", "zh/b.jsonl", "zh/sub/c.jsonl"]
+    assert found("zh/*") == ["zh/a.jsonl", "zh/b.jsonl"]
+    assert found(None) == ["en/a.jsonl", "zh/a.jsonl", "zh/b.jsonl", "zh/sub/c.jsonl"]
+    with pytest.raises(BadFile, match=r"has no file that matches 'fr/\*' and ends in \.txt, "):
+        found("fr/*")
+    for pattern in ("/zh/*", ""):
+        with pytest.raises(BadFile, match=rf"files: '{re.escape(pattern)}' is no pattern"):
+            found(pattern)
+    with pytest.raises(
+        BadFile, match=r"a\.jsonl: is a file; files \('\*'\) chooses among those of a directory"
+    ):
+        Source(tmp_path / "en" / "a.jsonl", files="*").list_files()

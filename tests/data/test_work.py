@@ -27,35 +27,37 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir() if file.suffix != ".json"}
 
 
-# Prepares in processes of its own: {root: number of writes to disk after which it is killed, 0 for none}.
-PREPARE = """
-import json, os, pickle, signal, sys
-from pathlib import Path
+# Prepares in processes of its own: [(root, number of writes to disk after which it is killed; 0 for never)].
+# Those that are killed run one after the other, then the others at once.
+PREPARE = r"""
+import os, pickle, signal, sys
 from chinese_llama.data import prepare, reading
 from chinese_llama.model.load import load_tokenizer
 
-job, roots = pickle.loads(sys.stdin.buffer.read())
+job, roots = pickle.load(sys.stdin.buffer)
 prepare.PART, reading.BATCH = 1500, 400
 tokenizer = load_tokenizer(job.tokenizer)
-processes = {}
-for number, (root, kill_after) in enumerate(roots):
-    if not (process := os.fork()):
-        calls, sync = 0, os.fsync
-        def fsync(handle):
-            global calls
-            if kill_after and calls == kill_after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            calls += 1
-            sync(handle)
-        os.fsync = fsync
+sync, writes, together = os.fsync, 0, []
+
+def counted(handle):
+    global writes
+    if writes == kill_after > 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    writes += 1
+    sync(handle)
+
+for root, kill_after in roots:
+    process = os.fork()
+    if not process:
+        os.fsync = counted
         prepare.prepare(job, root, tokenizer)
-        print(calls, flush=True)
+        os.write(1, b"%d\n" % writes)
         os._exit(0)
-    processes[process] = number
-    if kill_after:
+    elif kill_after:
         os.waitpid(process, 0)
-        del processes[process]
-sys.exit(max([os.waitpid(process, 0)[1] for process in processes], default=0))
+    else:
+        together.append(process)
+sys.exit(max([os.waitpid(process, 0)[1] for process in together], default=0))
 """
 
 
@@ -72,7 +74,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(
     job = replace(job, eval_split=0.1)
     whole = prepare(job, tmp_path / "whole", fast)
     writes = 2 * len(list(whole.directory.glob("*.arrow")))
-    roots = [(tmp_path / f"killed-{number}", number) for number in range(1, writes, 3)]
+    roots = [(tmp_path / f"killed-{number}", number) for number in range(1, writes, 4)]
     again = [(tmp_path / "again", 5)] * 4
     assert in_processes(job, roots + again) == []
     for root in (*(root for root, _ in roots), tmp_path / "again"):
@@ -82,7 +84,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(
         parts = {
             file.name: file.stat().st_ino for file in sorted((left / "result").glob("*.arrow"))[:finished]
         }
-        assert parts or root.name in ("killed-1",)
+        assert parts or root.name == "killed-1"
         made = prepare(job, root, fast)
         assert contents(made.directory) == contents(whole.directory)
         assert made.manifest.metrics == whole.manifest.metrics
