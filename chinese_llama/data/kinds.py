@@ -14,7 +14,7 @@ import numpy as np
 
 from chinese_llama.data.conversations import Message, file_conversations
 from chinese_llama.data.formats import file_documents
-from chinese_llama.data.packing import Blocks, Parts, pack_documents, pack_samples, parts
+from chinese_llama.data.packing import Array, Blocks, Parts, pack_documents, pack_samples, parts
 from chinese_llama.data.templates import IGNORE, Sample, samples
 
 
@@ -68,7 +68,8 @@ class Documents:
         lengths = np.fromiter(map(len, encoded), np.int64, len(items)) + 2
         ends = lengths.cumsum()
         total = int(lengths.sum())
-        ids, inner = np.empty(total, np.int32), np.ones(total, bool)
+        ids: Array = np.empty(total, np.int32)
+        inner: Array = np.ones(total, bool)
         for token, places in ((self.bos, ends - lengths), (self.eos, ends - 1)):
             ids[places] = token
             inner[places] = False

@@ -58,7 +58,9 @@ def batches(
         before = start.items if number == start.file else 0
         left_out = Counter[str]()
         items = islice(read(files[number], left_out), before, None)
-        for count, item in enumerate(track(items, f"preparing {files[number].name}", unit="documents"), before + 1):
+        for count, item in enumerate(
+            track(items, f"preparing {files[number].name}", unit="documents"), before + 1
+        ):
             if share and held_out(item, share):
                 batch.held_out.append(item)
             else:

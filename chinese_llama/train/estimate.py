@@ -16,7 +16,7 @@ from typing import Any
 from chinese_llama.errors import UserError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-SHARDED = {  # which parts are divided among the processes
+SHARDED: dict[str, tuple[str, ...]] = {  # parts that are divided among the processes; a quantised base is not
     "none": (),
     "zero2": ("gradients", "optimizer"),
     "zero3": ("frozen weights", "trainable parameters", "gradients", "optimizer"),
@@ -88,7 +88,7 @@ def settings_of(fields: Any, training: Mapping[str, Any], new_rows: int) -> Sett
         dora=fields.use_dora,
         batch=training["per_device_train_batch_size"],
         block=fields.length,
-        checkpointing=bool(training.get("gradient_checkpointing")),
+        checkpointing=any(training.get(f"{what}_checkpointing") for what in ("gradient", "activation")),
         optim=str(training.get("optim", Settings.optim)),
         processes=processes,
         sharding=sharding,
@@ -123,7 +123,9 @@ def estimate(config: Mapping[str, Any], settings: Settings) -> Estimate:
         "optimizer": sum(_states(settings.optim, size) for size in sizes),
     }
     for part in SHARDED[settings.sharding]:
-        parts[part] = math.ceil(parts[part] / settings.processes)
+        if part != "frozen weights" or not model.quantized:
+            parts[part] = math.ceil(parts[part] / settings.processes)
+    parts["frozen weights"] += model.originals()
     if settings.sharding == "none" and settings.processes > 1:
         parts["gradient buckets"] = 4 * trainable
     parts["activations"] = model.kept()
@@ -187,11 +189,14 @@ class _Model:
         return sizes * self.layers + [rows * self.hidden] * (self.matrices if rows else 0)
 
     def frozen(self) -> int:
-        """The base. PEFT keeps it whole beside matrices that train, and what rows that train were."""
-        before = self.settings.new_rows * 4 if self.settings.embeddings == "new-rows" else 0
-        vocabulary = self.matrices * self.hidden * (self.rows * self.stored + before)
-        norms = (2 * self.layers + 1) * self.hidden * self.stored
-        return vocabulary + norms + self.layers * self.layer_weights()
+        """The base; PEFT keeps it whole beside matrices that train."""
+        rest = self.matrices * self.matrix + (2 * self.layers + 1) * self.hidden  # the vocabulary, norms
+        return rest * self.stored + self.layers * self.layer_weights()
+
+    def originals(self) -> int:
+        """What the rows that train were: PEFT keeps it in buffers, which are never divided."""
+        rows = self.settings.new_rows if self.settings.embeddings == "new-rows" else 0
+        return 4 * self.matrices * rows * self.hidden
 
     def layer_weights(self) -> int:
         """The linear weights of one layer. nf4 (QLoRA, arXiv 2305.14314): 64 numbers share a scale of one byte,

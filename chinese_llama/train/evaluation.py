@@ -72,7 +72,7 @@ class Evaluation(TrainerCallback):
         start = time.monotonic()
         self._measured = state.global_step
         model = self.trainer.model  # FSDP2 and ZeRO-3 gather through its own hooks
-        batch = args.per_device_train_batch_size * max(len(w.windows[-1].ids) for w in self.texts.values())
+        batch = args.per_device_eval_batch_size * max(len(w.windows[-1].ids) for w in self.texts.values())
         was_training = model.training
         model.eval()
         with self.trainer.compute_loss_context_manager():

@@ -45,7 +45,7 @@ NOT_TAKEN = {
 }
 # What may change between a run and its continuation, and does not make another adapter.
 NEUTRAL = (
-    "logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_text", "report_to", "run_name", "force", "dry_run",
+    "logging_steps", "per_device_eval_batch_size", "save_steps", "save_total_limit", "eval_steps", "eval_text", "report_to", "run_name", "force", "dry_run",
     "prepared_dir", "max_regression", "on_regression", "dataloader_num_workers", "dataloader_pin_memory",
     "logging_nan_inf_filter", "disable_tqdm", "ddp_timeout", "remove_unused_columns",
 )  # fmt: skip
@@ -181,6 +181,7 @@ def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[st
     fields = typed(cls, {key: value for key, value in values.items() if key in ours}, where)
     _check(fields, where)
     training = {**DEFAULTS, **defaults, **{key: value for key, value in values.items() if key not in ours}}
+    training.setdefault("per_device_eval_batch_size", training["per_device_train_batch_size"])
     for key, value in training.items():
         if value is False and key.endswith("_strategy"):
             training[key] = "no"  # what YAML makes of `save_strategy: no`
