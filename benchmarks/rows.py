@@ -1,12 +1,13 @@
-"""How new rows should start: the same continued pretraining after every `extend-model --init`, by step.
+"""How new rows start, and what it is worth: every method of `extend-model --init` on a small LLaMA.
 
     python -m benchmarks.rows --data ../shared/data --work benchmarks/out/rows
 
-`--data` is a folder as in benchmarks/real_run.py. Every run is `recipes/pt_lora.py` with the recipe's own
-measuring: four fifths Chinese and one fifth English by tokens, LoRA on all projections, new rows trained,
-constant learning rates after a short warm-up, so that a figure at one step does not depend on where the run
-ends. `control` is the base without new pieces, LoRA only, with as many characters of each language a step.
-What is done is kept: the same command goes on. Prints Markdown; the curves are in WORK/rows.png.
+`--data` is a folder with base-proxy/ (a small LLaMA pretrained on English, with the LLaMA tokenizer),
+zh_pretrain.jsonl.gz and en_pretrain.jsonl.gz. The base gets the shipped Chinese pieces; each method's model
+is trained by recipes/pt_lora.py with the same settings, data and seeds, at a constant learning rate, so
+that a figure at a step does not depend on the number of steps. The control is the base itself, which
+reads Chinese with its own pieces, on blocks that hold as many characters. What is there already is not made
+again, so the command may be stopped, and given again with more seeds. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -14,23 +15,54 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
+import torch
+
 from benchmarks.real_run import is_held_out, records
+from chinese_llama.data.formats import documents
+from chinese_llama.data.templates import text_ids
+from chinese_llama.model.load import load_model, load_tokenizer
+from chinese_llama.model.resize import extend_model
+from chinese_llama.vocab.merge import extend_vocab
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("mean-resizing", "asymmetric", "subword-mean", "random", "distill", "control")
-REFERENCE = "mean-resizing"
-SHOWN = (0, 50, 200, 1000)
-HELD_OUT = {"zh": 6_000, "en": 8_000}  # characters that are measured, of documents cut to 600
-SHARES = {"zh": 0.8, "en": 0.2}
-COLOURS = dict(zip(METHODS, ("#555555", "#d9482b", "#3b82c4", "#d9a12b", "#8a5cc2", "#3a9d6e"), strict=True))
+CONTROL = "no extension"
+METHODS = ("mean-resizing", "asymmetric", "subword-mean", CONTROL, "random", "distill")
+SHOWN = (0, 50, 200, 1000)  # steps
+HELD_OUT = 12_000  # characters of each language that are scored
+LARGEST = 1_000  # characters of one held-out document
+MIX = {"zh": 0.8, "en": 0.2}  # shares of the tokens
+
+CONFIG = """\
+model_name_or_path: {model}
+data:
+  - {{path: {work}/zh.jsonl, weight: {zh}}}
+  - {{path: {work}/en.jsonl, weight: {en}}}
+output_dir: {output}
+block_size: {block}
+embeddings: {embeddings}
+lora_r: 8
+lora_alpha: 16
+lora_dropout: 0.0
+learning_rate: 1e-3
+lr_scheduler_type: constant_with_warmup
+warmup_steps: 25
+per_device_train_batch_size: {batch}
+max_steps: {steps}
+seed: {seed}
+eval_text: {{zh: {work}/zh_heldout.jsonl, en: {work}/en_heldout.jsonl}}
+eval_steps: 50
+logging_steps: 50
+save_steps: 500
+"""
+ROWS = "embedding_learning_rate: 2e-4\n"
 
 
 def main() -> None:
@@ -39,208 +71,170 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "out" / "rows")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--block", type=int, default=128, help="tokens of a step")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
+    parser.add_argument("--batch", type=int, default=1, help="blocks a step")
+    parser.add_argument("--block", type=int, default=256, help="tokens a block")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
+    options.work = options.work.resolve()
     if not options.table:
         prepare(options)
-        runs = [(method, seed) for seed in options.seeds for method in options.methods]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda run: train(options, *run), runs))
-    found = results(options)
-    print(table(found, options))
-    picture(found, options.work / "rows.png")
+        for seed in options.seeds:
+            for method in options.methods:
+                train(method, seed, options)
+    print(table(options.work, options.methods, options.steps))
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """The texts, the extended tokenizer, and an extended base for every method."""
+def prepare(options: Any) -> None:
+    """The texts, the tokenizer, and a model for every method with its share at step 0."""
     work, base = options.work, options.data / "base-proxy"
-    slices(options.data, work)
-    if not (work / "tokenizer").is_dir():
-        tool("extend-vocab", "--base", base, "--output", work / "tokenizer")
+    work.mkdir(parents=True, exist_ok=True)
+    for name in MIX:
+        if not (work / f"{name}_heldout.jsonl").exists():
+            slices(options.data / f"{name}_pretrain.jsonl.gz", name, work)
+    extend_vocab(base, None, work / "tokenizer", keep=True)
     for method in options.methods:
-        if method != "control" and not (work / method / "base").is_dir():
-            more = ["--corpus", work / "zh.jsonl"] if method == "distill" else []
-            common = ("--base", base, "--tokenizer", work / "tokenizer", "--init", method)
-            tool("extend-model", *common, "--output", work / method / "base", *more)
-            (work / method / "share.json").write_text(json.dumps(share_of_new_ids(work, method)))
+        made = work / method
+        if method == CONTROL or (work / f"{method}.share.json").exists():
+            continue
+        corpus = [work / "zh.jsonl"] if method == "distill" else []
+        extend_model(base, work / "tokenizer", made, init=method, corpus=corpus, keep=True)
+        share = share_of_new(made, work / "en_heldout.jsonl", 32_000)
+        (work / f"{method}.share.json").write_text(json.dumps(share))
 
 
-def slices(data: Path, work: Path) -> None:
-    """Training texts, and short held-out ones, divided by a hash of each document."""
-    for name, source in (("zh", "zh_pretrain"), ("en", "en_pretrain")):
-        held: list[str] = []
-        with open(work / f"{name}.jsonl", "w", encoding="utf-8") as train_file:
-            for record in records(data / f"{source}.jsonl.gz"):
-                if is_held_out(record["text"], name):
-                    held.append(record["text"][:600])
-                else:
-                    print(json.dumps({"text": record["text"]}, ensure_ascii=False), file=train_file)
-        few = held[:: max(1, sum(map(len, held)) // HELD_OUT[name])]
-        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in few]
-        (work / f"{name}_heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def slices(source: Path, name: str, work: Path) -> None:
+    """Training documents, and HELD_OUT characters of held-out ones."""
+    left = HELD_OUT
+    held = []
+    with open(work / f"{name}.jsonl", "w", encoding="utf-8") as train:
+        for record in records(source):
+            text = record["text"]
+            if not is_held_out(text, name):
+                print(json.dumps({"text": text}, ensure_ascii=False), file=train)
+            elif left > 0:
+                held.append(text[: min(left, LARGEST)])
+                left -= len(held[-1])
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in held)
+    (work / f"{name}_heldout.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def tool(*words: Any) -> None:
-    command = [sys.executable, "-m", "chinese_llama", *map(str, words)]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
-
-
-def share_of_new_ids(work: Path, method: str) -> float:
-    """Mean probability, in held-out English, that the untrained extended base gives to all new ids."""
-    import torch
-
-    from chinese_llama.data.formats import documents
-    from chinese_llama.evaluate.bits import text_windows
-    from chinese_llama.model.load import first_new_id, load_model, load_tokenizer
-
-    place = work / method / "base"
+@torch.no_grad()
+def share_of_new(place: Path, path: Path, old_size: int) -> float:
+    """The probability on ids from `old_size` on, mean over the tokens of a text."""
     model, tokenizer = load_model(place, "float32"), load_tokenizer(place)
-    windows = text_windows(tokenizer, documents(work / "en_heldout.jsonl"), 512).windows
     shares = []
-    with torch.no_grad():
-        for window in windows:
-            logits = model(torch.tensor([window.ids])).logits[0].float()
-            shares.append(torch.softmax(logits, -1)[:, first_new_id(place) :].sum(-1))
-    return float(torch.cat(shares).mean())
+    for text in documents(path):
+        ids = torch.tensor([[tokenizer.bos_token_id, *text_ids(tokenizer, text)]])
+        probabilities = model(ids[:, : model.config.max_position_embeddings]).logits.softmax(-1)
+        shares += probabilities[0, :, old_size:].sum(-1).tolist()
+    return statistics.fmean(shares)
 
 
-def train(options: argparse.Namespace, method: str, seed: int) -> None:
-    """One run of the recipe; nothing if it is done."""
-    work = options.work.resolve()
-    output = work / method / f"seed-{seed}-{options.steps}x{options.block}"
+def train(method: str, seed: int, options: Any) -> None:
+    """One run of the recipe; nothing where it is done."""
+    work = options.work
+    output = run_directory(work, method, seed, options.steps)
     if output.is_dir():
         return
-    block, shares = options.block, SHARES
-    if method == "control":
-        block, shares = control_block(work, options.data, options.block)
-    config = {
-        "model_name_or_path": str(
-            options.data / "base-proxy" if method == "control" else work / method / "base"
-        ),
-        "data": [{"path": str(work / f"{name}.jsonl"), "weight": share} for name, share in shares.items()],
-        "output_dir": str(output),
-        "prepared_dir": str(work / "prepared"),
-        "embeddings": "frozen" if method == "control" else "new-rows",
-        "block_size": block,
-        "lora_r": 16,
-        "lora_alpha": 16,
-        "lora_dropout": 0.0,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 20,
-        "per_device_train_batch_size": 1,
-        "max_steps": options.steps,
-        "seed": seed,
-        "eval_text": {name: str(work / f"{name}_heldout.jsonl") for name in SHARES},
-        "eval_steps": 50,
-        "per_device_eval_batch_size": 8,
-        "save_steps": 250,
-        "save_total_limit": 1,
-    }
-    if method != "control":
-        config["embedding_learning_rate"] = 2e-4
-    file = work / method / f"seed-{seed}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(config, indent=1))
+    model, block, mix = work / method, options.block, MIX
+    if method == CONTROL:
+        model = (options.data / "base-proxy").resolve()
+        block, mix = equal_characters(work, model, options.block)
+    config = CONFIG.format(
+        model=model,
+        work=work,
+        output=output,
+        block=block,
+        batch=options.batch,
+        steps=options.steps,
+        seed=seed,
+        embeddings="frozen" if method == CONTROL else "new-rows",
+        **mix,
+    )
+    output.parent.mkdir(exist_ok=True)
+    file = output.with_suffix(".yaml")
+    file.write_text(config if method == CONTROL else config + ROWS, encoding="utf-8")
     command = [sys.executable, str(ROOT / "recipes" / "pt_lora.py"), "--config", str(file)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1" if options.jobs > 1 else os.environ.get("OMP_NUM_THREADS", "2"),
-    }
-    with open(work / method / f"seed-{seed}.log", "a", encoding="utf-8") as log:
-        subprocess.run(command, check=True, cwd=ROOT, stdout=log, stderr=log, env=environment)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
 
 
-def control_block(work: Path, data: Path, block: int) -> tuple[int, dict[str, float]]:
-    """(tokens of a step, shares) of the base's tokenizer that hold as many characters of each language."""
-    from chinese_llama.data.formats import documents
-    from chinese_llama.data.templates import text_ids
-    from chinese_llama.model.load import load_tokenizer
+def run_directory(work: Path, method: str, seed: int, steps: int) -> Path:
+    return work / "runs" / f"{method.replace(' ', '-')}-{seed}-{steps}"
 
-    base, new = load_tokenizer(data / "base-proxy"), load_tokenizer(work / "tokenizer")
+
+def equal_characters(work: Path, base: Path, block: int) -> tuple[int, dict[str, float]]:
+    """The block and the mix with which the base's own tokenizer reads as many characters of each text."""
     tokens = {}
-    for name, share in SHARES.items():
-        texts = [text[:2000] for text in islice(documents(work / f"{name}.jsonl"), 500)]
-        long, short = (sum(len(ids) for ids in text_ids(tokenizer, texts)) for tokenizer in (base, new))
-        tokens[name] = block * share * long / short
-    whole = sum(tokens.values())
-    return round(whole), {name: count / whole for name, count in tokens.items()}
+    for name, share in MIX.items():
+        extended, own = (
+            characters_per_token(load_tokenizer(place), work / f"{name}.jsonl")
+            for place in (work / "tokenizer", base)
+        )
+        tokens[name] = block * share * extended / own
+    total = sum(tokens.values())
+    return round(total), {name: round(number / total, 4) for name, number in tokens.items()}
 
 
-def results(options: argparse.Namespace) -> dict[str, dict[int, dict[int, dict[str, float]]]]:
-    """method -> seed -> step -> {"zh": bits per character, "en": bits per byte}, of runs that are done."""
-    found: dict[str, dict[int, dict[int, dict[str, float]]]] = {}
-    for method in options.methods:
-        for seed in options.seeds:
-            log = options.work / method / f"seed-{seed}-{options.steps}x{options.block}" / "log.jsonl"
-            entries = map(json.loads, log.read_text().splitlines()) if log.is_file() else ()
-            steps = {e["step"]: figures(e["eval"]) for e in entries if "eval" in e}
-            if steps:
-                found.setdefault(method, {})[seed] = steps
+def characters_per_token(tokenizer: Any, path: Path) -> float:
+    texts = list(islice(documents(path), 300))
+    return sum(map(len, texts)) / sum(len(text_ids(tokenizer, text)) for text in texts)
+
+
+def figures(work: Path, method: str, steps: int) -> dict[int, list[dict[str, float]]]:
+    """{step: figures of each seed that is there}, from the runs that are done."""
+    found: dict[int, list[dict[str, float]]] = {}
+    for log in sorted((work / "runs").glob(f"{method.replace(' ', '-')}-*-{steps}/log.jsonl")):
+        for entry in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
+            if "eval" in entry:
+                sets = entry["eval"]
+                told = {"zh": sets["zh"]["bits_per_character"], "en": sets["en"]["bits_per_byte"]}
+                found.setdefault(entry["step"], []).append(told)
     return found
 
 
-def figures(measured: dict[str, Any]) -> dict[str, float]:
-    return {"zh": measured["zh"]["bits_per_character"], "en": measured["en"]["bits_per_byte"]}
-
-
-def table(found: dict[str, Any], options: argparse.Namespace) -> str:
-    """Markdown: figures by step, mean ± standard deviation over the seeds."""
-    shown = [step for step in SHOWN if step <= options.steps]
-    last = shown[-1]
-    goal = mean(run[last]["zh"] for run in found[REFERENCE].values()) if REFERENCE in found else None
-    head = ["`--init`", "seeds", "new ids in English at step 0"]
-    head += [f"{name}, step {step:,}" for name in ("zh", "en") for step in shown]
-    head += [f"steps to {REFERENCE}'s figure at {last:,}"]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for method, runs in found.items():
-        share = options.work / method / "share.json"
-        cells = [method, str(len(runs)), f"{json.loads(share.read_text()):.3%}" if share.is_file() else "-"]
-        cells += [
-            spread([run[step][name] for run in runs.values()]) for name in ("zh", "en") for step in shown
+def table(work: Path, methods: Iterable[str], steps: int) -> str:
+    """Markdown: both measures at some steps, mean and half the range over the seeds."""
+    shown = [step for step in (*SHOWN, steps) if step <= steps]
+    shown = sorted(set(shown))
+    every = {method: figures(work, method, steps) for method in methods}
+    goal = every.get("mean-resizing", {}).get(steps)
+    heads = [f"{name}, step {step}" for name in ("zh", "en") for step in shown]
+    lines = [
+        "Chinese in bits per character, English in bits per byte; mean over the seeds, ± half the range.",
+        "",
+        "| rows start as | seeds | on new ids (en, step 0) | "
+        + " | ".join(heads)
+        + f" | step that reaches mean-resizing's {steps} |",
+        "| --- |" + " ---: |" * (len(heads) + 3),
+    ]
+    for method, found in every.items():
+        share = work / f"{method}.share.json"
+        cells = [
+            method,
+            str(len(found.get(0, []))),
+            f"{json.loads(share.read_text()):.3%}" if share.exists() else "",
+            *(spread(found.get(step, []), name) for name in ("zh", "en") for step in shown),
+            str(reached(found, statistics.fmean(run["zh"] for run in goal))) if goal and found else "",
         ]
-        cells.append(str(reached(runs, goal)) if goal else "")
         lines.append("| " + " | ".join(cells) + " |")
-    note = f"zh: bits per held-out Chinese character; en: bits per held-out English byte; {options.block} tokens a step."
-    return "\n".join([*lines, "", note])
+    return "\n".join(lines)
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+def spread(runs: list[dict[str, float]], name: str) -> str:
+    values = [run[name] for run in runs]
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
 
 
-def reached(runs: dict[int, Any], goal: float) -> int | str:
-    """The first measured step at which the mean over the seeds is at the goal."""
-    for step in next(iter(runs.values())):
-        if mean(run[step]["zh"] for run in runs.values()) <= goal:
-            return step
-    return "not reached"
-
-
-def picture(found: dict[str, Any], path: Path) -> None:
-    """Both figures by step, a line a method (mean over the seeds)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes: Any = figure.subplots(1, 2)
-    for method, runs in found.items():
-        steps = list(next(iter(runs.values())))
-        for axis, name in zip(axes, ("zh", "en"), strict=True):
-            points = [mean(run[step][name] for run in runs.values()) for step in steps]
-            axis.plot(steps[1:], points[1:], label=method, color=COLOURS[method])
-    axes[0].set(xlabel="step", ylabel="bits per Chinese character", title="held-out Chinese, from step 50")
-    axes[1].set(xlabel="step", ylabel="bits per English byte", title="held-out English, from step 50")
-    axes[0].legend(frameon=False)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    figure.savefig(path, dpi=120)
+def reached(found: dict[int, list[dict[str, float]]], goal: float) -> int | str:
+    """The first measured step whose Chinese figure is `goal` or better."""
+    mean: Callable[[int], float] = lambda step: statistics.fmean(run["zh"] for run in found[step])
+    return next((step for step in sorted(found) if mean(step) <= goal), "not")
 
 
 if __name__ == "__main__":
