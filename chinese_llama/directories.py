@@ -7,6 +7,7 @@ everything is there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from chinese_llama.errors import OutputExists, UserError
 
+FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
 MANIFEST = "chinese_llama.json"  # what marks a directory as a result of this tool
 
 
@@ -32,13 +34,13 @@ def check_output(target: Path, force: bool) -> None:
         raise _unwritable(target, error) from error
     if target.is_file():
         raise OutputExists(f"{target} is a file; give a directory that does not exist yet.")
+    if target.is_dir() and Path.cwd().is_relative_to(target.resolve()):
+        raise OutputExists(f"{target} is the directory that you are in; give another output directory.")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not force:
         raise OutputExists(f"{target} exists; --force replaces it, or give another output directory.")
-    ours = (target / MANIFEST).is_file()
-    here = Path.cwd().is_relative_to(target.resolve())
-    if here or not ours:
+    if not (target / MANIFEST).is_file():
         raise OutputExists(
             f"{target} is no result of this tool, which --force would replace; remove it yourself, or give "
             "another output."
@@ -73,16 +75,30 @@ def new_directory(target: Path, force: bool = False, inputs: Iterable[Path | str
         except OSError as error:
             raise _unwritable(target, error) from error
         yield partial
-        _sync_tree(partial)
+        sync_tree(partial)
         _replace(partial, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in created:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+        if disk_is_full(error):
             raise UserError(f"{target}: the disk is full; nothing was written.") from error
         raise
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is that of a disk that takes no more.
+
+    torch and safetensors tell it in words of their own.
+    """
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(sign in str(error) for sign in FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -143,7 +159,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
     """Flush all files to disk; give them the usual permissions (safetensors writes 0600)."""
     os.umask(mask := os.umask(0o022))
     for root, _, names in os.walk(directory):

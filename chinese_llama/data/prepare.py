@@ -23,7 +23,7 @@ from chinese_llama.data.kinds import Conversations, Documents, Kind
 from chinese_llama.data.mixture import Source, mix, names
 from chinese_llama.data.packing import join
 from chinese_llama.data.reading import ahead, batches
-from chinese_llama.data.work import Progress, Work
+from chinese_llama.data.work import Progress, Work, held_out_file, part_files
 from chinese_llama.errors import BadFile, UserError
 from chinese_llama.progress import Stopwatch, say
 
@@ -96,20 +96,18 @@ class Prepared:
         import datasets
 
         datasets.disable_progress_bars()
-        parts = []
-        for number in range(len(self.sources)):
-            files = sorted(self.directory.glob(f"{number}-*.arrow"))
-            parts.append(datasets.concatenate_datasets([_open_part(file) for file in files]))
-        chosen = mix(self.sources, [len(part) for part in parts], seed)
-        mixed = [
-            part if source.weight is None else part.select(indices)
-            for source, part, indices in zip(self.sources, parts, chosen, strict=True)
+        whole = [
+            datasets.concatenate_datasets([_open_part(file) for file in part_files(self.directory, number)])
+            for number in range(len(self.sources))
         ]
-        return datasets.concatenate_datasets(mixed).with_format("numpy")
+        if self.sources[0].weight is not None:
+            chosen = mix(self.sources, [len(blocks) for blocks in whole], seed)
+            whole = [blocks.select(indices) for blocks, indices in zip(whole, chosen, strict=True)]
+        return datasets.concatenate_datasets(whole).with_format("numpy")
 
     def held_out(self) -> dict[str, Path]:
         """{name of a source: .jsonl file of its held-out documents}, for those that have any."""
-        files = {name: self.directory / f"{n}-held_out.jsonl" for n, name in enumerate(names(self.sources))}
+        files = {name: held_out_file(self.directory, n) for n, name in enumerate(names(self.sources))}
         return {name: file for name, file in files.items() if file.is_file()}
 
 

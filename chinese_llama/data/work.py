@@ -89,17 +89,13 @@ class Work:
         _sync(target.parent)
         self.remove()
 
-    def held_out(self, number: int) -> Path:
-        """Where the held-out documents of a source go."""
-        return self.result / f"{number}-held_out.jsonl"
-
     def add_held_out(self, number: int, texts: Sequence[str]) -> None:
         """Write held-out documents of a source after those that are known to be there."""
         if not texts:
             return
         raw = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
         progress = self.progress[number]
-        with open(self.held_out(number), "ab") as stream:
+        with open(held_out_file(self.result, number), "ab") as stream:
             stream.truncate(progress.held_out_bytes)  # what a killed run wrote after its last part
             stream.write(raw)
             _to_disk(stream)
@@ -119,6 +115,16 @@ class Work:
         """Record how far the sources are; a killed run goes on from here."""
         state = [dataclasses.asdict(progress) for progress in self.progress]
         _write(self.state, json.dumps(state).encode())
+
+
+def part_files(directory: Path, number: int) -> list[Path]:
+    """The finished parts of a source, in order."""
+    return sorted(directory.glob(f"{number}-*.arrow"))
+
+
+def held_out_file(directory: Path, number: int) -> Path:
+    """Where the held-out documents of a source are, if there are any: records with a field `text`."""
+    return directory / f"{number}-held_out.jsonl"
 
 
 def _table(blocks: Blocks, number: int) -> pyarrow.Table:

@@ -72,6 +72,16 @@ def read_tensors(adapter: Adapter) -> Tensors:
     return found
 
 
+def whole_rows(adapter: Adapter) -> int | None:
+    """Rows of the vocabulary matrices that an adapter (of whatever kind) brings whole; None if it brings none."""
+    found = []
+    for key, tensor in _load(adapter.file).items():
+        match = SAVED.fullmatch(key.removeprefix(PREFIX))
+        if match and f"{match[1]}.weight" in (EMBED, HEAD):
+            found.append(len(tensor))
+    return max(found, default=None)
+
+
 def _load(file: Path) -> dict[str, torch.Tensor]:
     try:
         if file.suffix == ".bin":

@@ -19,10 +19,10 @@ from chinese_llama.errors import DoesNotFit
 from chinese_llama.progress import track
 
 SNIPPET = 48  # new ids
-TIMES = 24  # so often a piece is learnt from; more frequent ones are seen more often beside rarer ones
+TIMES = 16  # so often a piece is learnt from; more frequent ones are seen more often beside rarer ones
 CHARACTERS = 50_000_000  # of the corpus are looked at
 BATCH = 32  # snippets
-RATE = 0.1  # first learning rate, in standard deviations of the old rows' elements; it falls to zero
+RATE = 0.05  # first learning rate, in standard deviations of the old rows' elements; it falls to zero
 KEPT_APART = 20  # one snippet in so many measures the result
 SEED = 20_000
 
@@ -43,8 +43,9 @@ def distill(
     `rows` [new, hidden] is where they start, and where pieces that the corpus lacks stay; `parts` are the
     old ids of each new piece, `old_size` is the first new id. Raises DoesNotFit for a corpus without any.
     """
-    from chinese_llama.model.load import device, load_model, load_tokenizer
+    from chinese_llama.model.load import device, load_model, load_tokenizer, quiet_libraries
 
+    quiet_libraries()
     found = list(snippets(load_tokenizer(tokenizer), corpus, parts, old_size))
     if len(found) < 2:
         raise DoesNotFit("--corpus: hardly a new piece occurs in these texts; give texts in their language.")
@@ -85,12 +86,10 @@ def snippets(
 class Student:
     """A frozen model that reads old and new segmentations; `rows` [new, hidden] train, in float32."""
 
-    def __init__(
-        self, model: Any, rows: torch.Tensor, parts: Sequence[Sequence[int]], old_size: int
-    ) -> None:
+    def __init__(self, model: Any, rows: torch.Tensor, parts: Sequence[Sequence[int]], old_size: int) -> None:
         self.model, self.parts, self.old_size = model.base_model, parts, old_size
         self.old = model.get_input_embeddings().weight
-        self.rows = rows.to(self.old.device, torch.float32).requires_grad_()
+        self.rows = rows.to(self.old.device, torch.float32, copy=True).requires_grad_()
 
     def train(self, learnt: list[Ids]) -> None:
         """One pass over the snippets, those of about equal length together, in a shuffled order."""

@@ -10,10 +10,11 @@ from typing import Any
 from chinese_llama.errors import DoesNotFit
 from chinese_llama.merging.plan import Adapter, check_lineage, load
 from chinese_llama.merging.stream import merge
-from chinese_llama.model.adapters import Tensors, bake, merged_changes, read_tensors
+from chinese_llama.model.adapters import Tensors, bake, merged_changes, read_tensors, whole_rows
 from chinese_llama.model.load import check_pair, check_tokenizer, first_new_id, load_model
 from chinese_llama.model.lora import add_lora, continue_lora, lora_config
 from chinese_llama.model.shards import EMBED, Weights
+from chinese_llama.progress import say
 from chinese_llama.train.fields import Fields, Recipe
 
 
@@ -30,6 +31,7 @@ def build(recipe: Recipe[Any], adapters: list[Adapter], tokenizer: Any, argument
     if Path(fields.tokenizer) != place:
         check_tokenizer(place, tokenizer, fields.tokenizer)
     going_on = load("init_adapter", Path(fields.init_adapter)) if fields.init_adapter else None
+    check_lineage(place, [*adapters, *([going_on] if going_on else [])])
     if fields.quantization == "none":
         model = load_model(place, fields.dtype)
         if adapters:
@@ -39,7 +41,7 @@ def build(recipe: Recipe[Any], adapters: list[Adapter], tokenizer: Any, argument
             place = _merged(place, adapters, arguments)
         model = load_model(place, fields.dtype, fields.quantization, training_device())
     if going_on:
-        _grow(model, read_tensors(going_on).vocabulary())
+        _grow(model, whole_rows(going_on))
     check_pair(model, tokenizer, fields.model_name_or_path)
     model.config.use_cache = False
     if going_on:
@@ -75,6 +77,10 @@ def adopt(fields: Fields) -> None:
         setattr(fields, name, config.get(key, getattr(fields, name)))
     rows = "new-rows" if config.get("trainable_token_indices") else "frozen"
     fields.embeddings = "full" if config.get("modules_to_save") else rows
+    say(
+        f"init_adapter: its own settings hold: r {fields.lora_r}, alpha {fields.lora_alpha}, dropout {fields.lora_dropout}, "
+        f"embeddings {fields.embeddings}."
+    )
 
 
 def training_device() -> str:
@@ -93,7 +99,6 @@ def check_length(place: Path, length: int) -> None:
 
 def _bake(model: Any, place: Path, adapters: list[Adapter]) -> None:
     pairs: Sequence[tuple[Adapter, Tensors]] = [(adapter, read_tensors(adapter)) for adapter in adapters]
-    check_lineage(place, adapters)
     changes = merged_changes(Weights(place), pairs)
     if EMBED in changes:
         _grow(model, changes[EMBED].shape[0])

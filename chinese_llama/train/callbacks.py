@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from chinese_llama.directories import write_text
 from chinese_llama.progress import say
 
 LOG = "log.jsonl"
@@ -41,7 +42,7 @@ class JsonLog(TrainerCallback):
         if state.is_world_process_zero:
             kept = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step]
             kept = kept if state.global_step else []
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         self.rates = {
@@ -49,7 +50,7 @@ class JsonLog(TrainerCallback):
         }
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if state.is_world_process_zero and logs:
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
             seconds = time.monotonic() - self.start
             entry = {"step": state.global_step, "seconds": round(seconds, 3), **_nested(logs)}
             if "loss" in logs:

@@ -1,4 +1,4 @@
-"""`--dry-run`: what would train, on what, in which memory; then one step, and nothing is kept."""
+"""`--dry-run`: what would train, on what, in which memory; then one step. Only the packed data is kept."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from chinese_llama.train.estimate import estimate, settings_of
 from chinese_llama.train.evaluation import Evaluation
 from chinese_llama.train.fields import Recipe
 from chinese_llama.train.jobs import named_sources
+from chinese_llama.train.trainer import check_steps
 
 
 def run(recipe: Recipe[Any], trainer: Any, prepared: Prepared) -> None:
@@ -63,6 +64,7 @@ def _data(recipe: Recipe[Any], trainer: Any, prepared: Prepared) -> list[str]:
         )
     per_epoch = math.ceil(blocks.sum() / batch)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    check_steps(steps, recipe.fields.rows_only_steps)
     total = steps * batch * length
     return [
         *lines,

@@ -63,10 +63,11 @@ class Estimate:
         return sum(self.parts.values())
 
     def table(self) -> str:
-        """The parts in GiB as aligned lines, the total last."""
+        """The parts in GiB (small models: MiB) as aligned lines, the total last."""
+        unit, scale = ("GiB", 2**30) if self.total >= 2**30 else ("MiB", 2**20)
         rows = [*self.parts.items(), ("together", self.total)]
         width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {size / 2**30:8.2f} GiB" for name, size in rows)
+        return "\n".join(f"{name:<{width}}  {size / scale:8.2f} {unit}" for name, size in rows)
 
 
 def settings_of(fields: Any, training: Mapping[str, Any], new_rows: int) -> Settings:
@@ -278,7 +279,8 @@ class _Model:
         # in float32: the logarithms of the probabilities, their gradient, and the gradient of the logits
         loss = {"logits": 12 * logits}
         head = {"logits": self.compute * logits, "gradient of lm_head": row * self.matrix}
-        layer = {"one layer": 8 * self.inner * self.tokens}  # gradients and casts, as wide as the MLP
+        casts = 8 if s.half else 4  # gradients, and what is cast to float32 on the way
+        layer = {"one layer": casts * self.inner * self.tokens}
         if s.checkpointing:
             layer["one layer"] += self.layer() * self.tokens + self._layer_copies()
         widest = max(i * o for i, o, _ in self.linear.values())

@@ -41,7 +41,7 @@ class Evaluation(TrainerCallback):
 
     Every process measures all of them: what shards the model needs them all in every forward pass. `limits`
     {name: share} are how much the bits per byte of a text may rise over the first figure; `stop` ends the
-    training there. `regression` says in one sentence what has risen too far.
+    training there.
     """
 
     def __init__(
@@ -54,7 +54,6 @@ class Evaluation(TrainerCallback):
                     "(eval_text, eval_split)."
                 )
         self.trainer, self.texts, self.limits, self.stop, self.log = trainer, texts, limits, stop, log
-        self.regression = ""
         self._measured = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -62,7 +61,7 @@ class Evaluation(TrainerCallback):
             self._measure(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        every = int(args.eval_steps or 0)
+        every = int(state.eval_steps or 0)
         if state.global_step == state.max_steps or (every and state.global_step % every == 0):
             self._measure(args, state, control)
 
@@ -71,38 +70,45 @@ class Evaluation(TrainerCallback):
             return
         start = time.monotonic()
         self._measured = state.global_step
-        model = self.trainer.model  # FSDP2 and ZeRO-3 gather through its own hooks
-        batch = args.per_device_eval_batch_size * max(len(w.windows[-1].ids) for w in self.texts.values())
-        was_training = model.training
-        model.eval()
-        with self.trainer.compute_loss_context_manager():
-            figures = {
-                name: score(model, windows, self.trainer.processing_class.eos_token_id, batch)
-                for name, windows in self.texts.items()
-            }
-        model.train(was_training)
+        self.trainer.check()
+        figures = self._figures(args, state)
         self.log.paused += time.monotonic() - start
         due = control.should_log
         self.trainer.log({f"eval/{n}/{key}": f[key] for n, f in figures.items() for key in FIGURES})
         control.should_log = due  # of the loss: logging anything takes it back
         say("; ".join([f"step {state.global_step:,}", *(_told(name, f) for name, f in figures.items())]))
-        self._compare(state, control, figures)
-
-    def _compare(self, state: Any, control: Any, figures: dict[str, Any]) -> None:
-        """Warn, or stop, where a text is worse than its limit allows."""
-        for name, limit in self.limits.items():
-            key = f"eval/{name}/bits_per_byte"
-            first = next((entry[key] for entry in state.log_history if key in entry), None)
-            now = figures[name]["bits_per_byte"]
-            if first is None or now <= first * (1 + limit):
-                continue
-            self.regression = (
-                f"{name} rose from {first:.3f} to {now:.3f} bits per byte by step {state.global_step:,}, over the limit "
-                f"of {limit:.1%}; give it a larger share of `data`, or lower learning_rate."
-            )
-            say(f"Warning: {self.regression}")
+        if sentence := self.regression(state.log_history):
+            say(f"Warning: {sentence}")
             if self.stop:
                 control.should_save = control.should_training_stop = True
+
+    def _figures(self, args: Any, state: Any) -> dict[str, dict[str, Any]]:
+        model = self.trainer.model  # FSDP2 and ZeRO-3 gather through its own hooks
+        batch = args.per_device_eval_batch_size * max(len(w.windows[-1].ids) for w in self.texts.values())
+        filler = self.trainer.processing_class.eos_token_id
+        was_training = model.training
+        model.eval()
+        try:
+            with self.trainer.compute_loss_context_manager():
+                return {name: score(model, windows, filler, batch) for name, windows in self.texts.items()}
+        except UserError as error:
+            raise UserError(
+                f"At step {state.global_step:,} the measures are not finite. Likely cause: {self.trainer.cause()}."
+            ) from error
+        finally:
+            model.train(was_training)
+
+    def regression(self, history: list[dict[str, Any]]) -> str:
+        """What is worse than its limit allows at the last measuring in a log, in one sentence, or ''."""
+        for name, limit in self.limits.items():
+            key = f"eval/{name}/bits_per_byte"
+            found = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if found and found[-1][1] > found[0][1] * (1 + limit):
+                return (
+                    f"{name} rose from {found[0][1]:.3f} to {found[-1][1]:.3f} bits per byte by step {found[-1][0]:,}, over "
+                    f"the limit of {limit:.1%}; give it a larger share of `data`, or lower learning_rate."
+                )
+        return ""
 
 
 def _told(name: str, figures: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,14 +35,31 @@ DEFAULTS = {  # of TrainingArguments, for both recipes
     "report_to": "none",
     "remove_unused_columns": False,
     "disable_tqdm": True,
+    "ddp_find_unused_parameters": False,
     "ddp_timeout": 86_400,  # seconds; the first process packs while the others wait
 }
 NUMBERS = ("int", "float", "<class 'int'>", "<class 'float'>")
 NOT_TAKEN = {
+    "save_only_model": "a run could not be resumed exactly",
+    "ignore_data_skip": "a run could not be resumed exactly",
+    "load_best_model_at_end": "give max_regression, or take a checkpoint",
+    "eval_on_start": "give eval_text or eval_split; they are measured before the first step",
+    "remove_unused_columns": "the data has just what is needed",
     "resume_from_checkpoint": "the same command goes on by itself",
     "eval_strategy": "give eval_text or eval_split; they are measured every eval_steps",
     "do_eval": "give eval_text or eval_split; they are measured every eval_steps",
     "push_to_hub": "upload the finished directory instead",
+}
+LEAST = {  # of TrainingArguments' numbers, where less makes no sense
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "seed": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "num_train_epochs": 0,
+    "warmup_steps": 0,
 }
 # What may change between a run and its continuation, and does not make another adapter.
 NEUTRAL = (
@@ -228,9 +246,15 @@ def _check(fields: Fields, where: str) -> None:
     for name, least in (("lora_r", 1), (length, 2)):
         if getattr(fields, name) < least:
             raise UserError(f"{where}: {name} must be at least {least}.")
-    for name in ("rows_only_steps", "embedding_learning_rate", "loraplus_lr_ratio"):
-        if (getattr(fields, name) or 0) < 0:
-            raise UserError(f"{where}: {name} must not be negative.")
+    for name in (
+        "lora_alpha",
+        "lora_dropout",
+        "rows_only_steps",
+        "embedding_learning_rate",
+        "loraplus_lr_ratio",
+    ):
+        if not 0 <= (getattr(fields, name) or 0) < math.inf:
+            raise UserError(f"{where}: {name} must be a finite number, and not negative.")
     if fields.use_dora and fields.quantization == "int8":
         raise UserError(f"{where}: use_dora does not go with quantization: int8; take nf4 or none.")
     if fields.embeddings == "frozen" and (fields.rows_only_steps or fields.embedding_learning_rate):
@@ -238,9 +262,12 @@ def _check(fields: Fields, where: str) -> None:
     fields.eval_text = {
         name: str(file) for name, file in _pairs(fields.eval_text, "eval_text", where).items()
     }
+    for name in fields.eval_text:
+        if not name or "/" in name:
+            raise UserError(f"{where}: eval_text: {name!r} is no name for a text: it must have no slash.")
     limits = _pairs(fields.max_regression, "max_regression", where)
     for name, limit in limits.items():
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < 0:
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit < math.inf:
             raise UserError(f"{where}: max_regression: {name}: {limit!r} is not a share such as 0.02.")
     fields.max_regression = limits
 
@@ -282,6 +309,10 @@ def _check_training(recipe: str, training: dict[str, Any], fields: Fields) -> No
             raise UserError(f"{recipe}: {name} is not taken: {NOT_TAKEN[name]}.")
         if kinds[name] in NUMBERS and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise UserError(f"{recipe}: {name}: {value!r} is not a number.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{recipe}: {name}: {value} is not a finite number.")
+        if name in LEAST and value < LEAST[name]:
+            raise UserError(f"{recipe}: {name}: {value} is less than {LEAST[name]}.")
 
 
 def training_arguments(recipe: Recipe[Any], directory: Path) -> Any:

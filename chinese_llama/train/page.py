@@ -67,13 +67,19 @@ def _measures(log: Log) -> list[str]:
     entries = [entry for entry in log if "eval" in entry]
     if not entries:
         return []
-    names = list(entries[0]["eval"])
+    names = _texts(entries)
     head = ["step", *(f"{name}, bits per {unit}" for name in names for unit in ("character", "byte"))]
     lines = ["## Measured", "", "| " + " | ".join(head) + " |", "| ---: |" + " ---: |" * (2 * len(names))]
     for entry in entries:
-        figures = [entry["eval"][n][f"bits_per_{unit}"] for n in names for unit in ("character", "byte")]
-        lines.append(f"| {entry['step']:,} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |")
+        found = [entry["eval"].get(name) for name in names]
+        cells = [f"{f[f'bits_per_{unit}']:.3f}" if f else "" for f in found for unit in ("character", "byte")]
+        lines.append(f"| {entry['step']:,} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _texts(entries: Log) -> list[str]:
+    """The names of all texts that were measured; a run may go on with others."""
+    return list(dict.fromkeys(name for entry in entries for name in entry["eval"]))
 
 
 def _cell(value: Any) -> str:
@@ -90,9 +96,10 @@ def picture(log: Log, path: Path) -> None:
     losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     axes[0].plot(*zip(*losses, strict=True), color="#3b82c4", marker="." if len(losses) < 40 else None)
     axes[0].set(xlabel="step", ylabel="loss, nats per token")
-    for name, colour in zip(measured[0]["eval"] if measured else (), cycle(COLOURS), strict=False):
+    for name, colour in zip(_texts(measured), cycle(COLOURS), strict=False):
         for unit, style in (("character", "-"), ("byte", ":")):
-            points = [(entry["step"], entry["eval"][name][f"bits_per_{unit}"]) for entry in measured]
+            found = [(entry["step"], entry["eval"][name]) for entry in measured if name in entry["eval"]]
+            points = [(step, figures[f"bits_per_{unit}"]) for step, figures in found]
             axes[1].plot(
                 *zip(*points, strict=True), style, color=colour, marker=".", label=f"{name}, per {unit}"
             )

@@ -26,6 +26,7 @@ from chinese_llama.errors import Interrupted, UserError
 from chinese_llama.merging.plan import Adapter, resolve
 from chinese_llama.model.load import load_tokenizer, resolve_dtype
 from chinese_llama.model.lora import trainable_groups
+from chinese_llama.model.shards import read_json
 from chinese_llama.progress import say
 from chinese_llama.train import dry
 from chinese_llama.train.build import adopt, build, check_length
@@ -44,14 +45,16 @@ def run(recipe: Recipe[Any], job: Job) -> Manifest:
     Raises UserError; Interrupted when stopped.
     """
     fields = recipe.fields
-    output = Path(fields.output_dir)
+    output = Path(os.path.abspath(fields.output_dir))
     adapters = [resolve(name, recipe.workspace) for name in fields.adapters]
     check_length(Path(fields.model_name_or_path), fields.length)
     adopt(fields)
     _settle_dtype(recipe)
     manifest = _manifest(recipe, job, adapters)
     if fields.dry_run:
-        with tempfile.TemporaryDirectory() as place:
+        recipe.training["report_to"] = "none"
+        (root := prepared_root(fields)).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".dry-run-") as place:
             _run(recipe, job, adapters, manifest, Path(place))
         return manifest
     check_apart(output, manifest.places())
@@ -81,12 +84,12 @@ def _run(recipe: Recipe[Any], job: Job, adapters: list[Adapter], manifest: Manif
     model = build(recipe, adapters, tokenizer, arguments)
     with arguments.main_process_first(desc="packing"):
         prepared = prepare(job, prepared_root(fields), tokenizer)
-    trainer, evaluation = _trainer(recipe, model, tokenizer, arguments, prepared)
+    trainer, evaluation, stop = _trainer(recipe, model, tokenizer, arguments, prepared)
     if fields.dry_run:
         dry.run(recipe, trainer, prepared)
         return
     remember_start(model, directory)
-    _train(trainer, evaluation, directory, recipe.name)
+    _train(trainer, evaluation, stop, directory, recipe.name)
     manifest.metrics = _metrics(trainer, prepared, model, fields.length)
     save(trainer, recipe, manifest, directory)
     if trainer.is_world_process_zero():
@@ -146,13 +149,18 @@ def _run_directory(output: Path, manifest: Manifest, force: bool) -> Path:
     directory = output.with_name(output.name + ".run")
     if not _is_first_process():
         return directory
-    what = {"inputs": {r: v["sha256"] for r, v in manifest.inputs.items()}, "settings": manifest.settings}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    what = {
+        "processes": processes,
+        "inputs": {r: v["sha256"] for r, v in manifest.inputs.items()},
+        "settings": manifest.settings,
+    }
     text = json.dumps(what, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     record = directory / "run.json"
     if directory.is_dir() and not (record.is_file() and record.read_text(encoding="utf-8") == text):
         if last_checkpoint(directory) and not force:
             raise UserError(
-                f"{directory} holds an unfinished run with other inputs or settings; finish that one with "
+                f"{directory} holds an unfinished run with other inputs, settings or processes; finish that one with "
                 "the same command, or start anew with --force true."
             )
         shutil.rmtree(directory, ignore_errors=True)
@@ -168,7 +176,7 @@ def _run_directory(output: Path, manifest: Manifest, force: bool) -> Path:
 
 def _trainer(
     recipe: Recipe[Any], model: Any, tokenizer: Any, arguments: Any, prepared: Prepared
-) -> tuple[VocabularyTrainer, Evaluation]:
+) -> tuple[VocabularyTrainer, Evaluation, StopOnSignal]:
     """The trainer with its callbacks; trackers write beside the output, where they outlive the run."""
     fields = recipe.fields
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
@@ -196,20 +204,29 @@ def _trainer(
             del os.environ[boards]
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    files = {**prepared.held_out(), **{name: Path(file) for name, file in fields.eval_text.items()}}
+    files = prepared.held_out()
+    if both := set(files) & set(fields.eval_text):
+        raise UserError(
+            f"eval_text: {both.pop()!r} is the name of a source whose documents are held out; take another."
+        )
+    files |= {name: Path(file) for name, file in fields.eval_text.items()}
     texts = prepare_texts(tokenizer, files, fields.length)
     evaluation = Evaluation(trainer, texts, fields.max_regression, fields.on_regression == "stop", log)
+    trainer.add_callback(stop := StopOnSignal())  # before the first measuring
     trainer.add_callback(evaluation)
-    return trainer, evaluation
+    return trainer, evaluation, stop
 
 
-def _train(trainer: VocabularyTrainer, evaluation: Evaluation, directory: Path, name: str) -> None:
-    stop = StopOnSignal()
-    trainer.add_callback(stop)
+def _train(
+    trainer: VocabularyTrainer, evaluation: Evaluation, stop: StopOnSignal, directory: Path, name: str
+) -> None:
     with trainer.args.main_process_first(desc="looking for checkpoints"):
         checkpoint = last_checkpoint(directory)
     if checkpoint:
         say(f"{name}: going on from {checkpoint}")
+        _check_forgetting(
+            evaluation, read_json(Path(checkpoint) / "trainer_state.json")["log_history"], directory
+        )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.check()
     step, last = trainer.state.global_step, trainer.state.max_steps
@@ -217,10 +234,15 @@ def _train(trainer: VocabularyTrainer, evaluation: Evaluation, directory: Path, 
         raise Interrupted(
             f"Stopped after step {step} of {last}; the checkpoint is in {directory}. The same command goes on."
         )
-    if evaluation.regression and evaluation.stop:
+    _check_forgetting(evaluation, trainer.state.log_history, directory)
+
+
+def _check_forgetting(evaluation: Evaluation, history: list[dict[str, Any]], directory: Path) -> None:
+    sentence = evaluation.regression(history)
+    if evaluation.stop and sentence:
         raise UserError(
-            f"Stopped: {evaluation.regression} The checkpoint is in {directory}; the same command with another "
-            "max_regression or on_regression: warn goes on."
+            f"Stopped: {sentence} The checkpoint is in {directory}; the same command with another "
+            "max_regression, or on_regression: warn, goes on."
         )
 
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from chinese_llama.directories import write_text
+from chinese_llama.artifacts import sha256_file
+from chinese_llama.directories import disk_is_full, sync_tree, write_text
 from chinese_llama.errors import UserError
 from chinese_llama.model.lora import group_of
 from chinese_llama.progress import say
 
-FILES = "files.json"  # in a checkpoint: the sizes of its files, written last
+FILES = "files.json"  # in a checkpoint: the sha256 of its files, written last
 ROWS = ("embed_tokens", "lm_head")
-FULL_DISK = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "os error 28")
+UNLOGGED = "unlogged.json"  # and there: the loss since the last line of the log
 
 
 class VocabularyTrainer(Trainer):
@@ -36,6 +39,9 @@ class VocabularyTrainer(Trainer):
         super().__init__(**arguments)
         self.fields, self.sources = fields, sources
         self.watch = Watch()
+        self._restored = False
+        self._keep = self.args.save_total_limit
+        self.args.save_total_limit = None  # old ones go when the new one is sealed
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
@@ -47,18 +53,19 @@ class VocabularyTrainer(Trainer):
                     "adamw_8bit, paged_adamw_8bit, adafactor, sgd."
                 )
             groups = parameter_groups(model or self.model, self.args, self.fields)
-            self.optimizer = cls(groups, **arguments)
+            with settings_are_to_blame():
+                self.optimizer = cls(groups, **arguments)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        with settings_are_to_blame():
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
         alone = self.fields.rows_only_steps
         if alone and not isinstance(scheduler, LambdaLR):
             raise UserError(
                 f"rows_only_steps does not go with lr_scheduler_type: {self.args.lr_scheduler_type}."
             )
-        if alone >= num_training_steps:
-            raise UserError(f"rows_only_steps: {alone} leaves LoRA none of the {num_training_steps} steps.")
+        check_steps(num_training_steps, alone)
         if alone:
             self.lr_scheduler = self._after(alone, scheduler, num_training_steps)
         return self.lr_scheduler
@@ -82,6 +89,22 @@ class VocabularyTrainer(Trainer):
             optimizer, [f if row else late for f, row in zip(scheduler.lr_lambdas, rows, strict=True)]
         )
 
+    def _run_epoch(self, **arguments: Any) -> None:
+        """Not an epoch of a run that is over: a kill may come after the last checkpoint."""
+        self._restore_loss(arguments["resume_from_checkpoint"])
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
+
+    def _restore_loss(self, checkpoint: str | None) -> None:
+        """Go on with the mean loss that the log's next line is made of."""
+        if checkpoint and not self._restored:
+            self._restored = True
+            kept = json.loads((Path(checkpoint) / UNLOGGED).read_text(encoding="utf-8"))
+            self._tr_loss += kept["loss"]
+            self._globalstep_last_logged = kept["since"]
+
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> torch.Tensor:
         documents = inputs.pop("documents", [])
         loss = super().training_step(model, inputs, *rest, **named)
@@ -100,7 +123,7 @@ class VocabularyTrainer(Trainer):
         if found:
             step, what, documents = found
             raise UserError(
-                f"{what} at step {step}. Its batch held {self._told(documents)}. Likely cause: {self._cause()}. The last "
+                f"{what} at step {step}. Its batch held {self._told(documents)}. Likely cause: {self.cause()}. The last "
                 f"checkpoint in {self.args.output_dir}, if there is one, is from before."
             )
 
@@ -110,7 +133,7 @@ class VocabularyTrainer(Trainer):
         more = f" and {len(named) - 12} more" if len(named) > 12 else ""
         return f"the documents {', '.join(named[:12])}{more}"
 
-    def _cause(self) -> str:
+    def cause(self) -> str:
         frozen = (item for item in self.model.named_parameters() if not item[1].requires_grad)
         for name, parameter in frozen:
             if parameter.is_floating_point() and not torch.isfinite(parameter).all():
@@ -124,19 +147,43 @@ class VocabularyTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.check()
         directory = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unlogged = {
+            "loss": float(self.accelerator.gather(self._tr_loss.reshape(1)).mean()),
+            "since": self._globalstep_last_logged,
+        }
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
+                write_text(directory / UNLOGGED, json.dumps(unlogged) + "\n")
                 seal(directory)
         except Exception as error:  # torch, safetensors and the system have no common base
-            if not any(sign in str(error) for sign in FULL_DISK):
+            if not disk_is_full(error):
                 raise
             shutil.rmtree(directory, ignore_errors=True)
             raise UserError(
                 f"The disk is full: step {self.state.global_step} could not be saved in {self.args.output_dir}. Checkpoints "
                 "before it are whole; make room and give the same command."
             ) from error
+        if self.is_world_process_zero():
+            rotate_checkpoints(self.args.output_dir, self._keep)
+
+
+@contextlib.contextmanager
+def settings_are_to_blame() -> Iterator[None]:
+    """What torch and transformers say of a setting, as a sentence of ours."""
+    try:
+        yield
+    except (ValueError, ImportError, TypeError) as error:
+        raise UserError(f"Training cannot be set up: {str(error).strip().splitlines()[0]}") from error
+
+
+def check_steps(steps: int, alone: int) -> None:
+    """Raise UserError for a run without steps, or without any for LoRA."""
+    if steps < 1:
+        raise UserError("There is no step to train: num_train_epochs or max_steps is too small.")
+    if alone >= steps:
+        raise UserError(f"rows_only_steps: {alone} leaves LoRA none of the {steps} steps.")
 
 
 def parameter_groups(model: Any, arguments: Any, fields: Any) -> list[dict[str, Any]]:
@@ -202,16 +249,17 @@ class Watch:
 
 
 def seal(checkpoint: Path) -> None:
-    """Write down the sizes of a checkpoint's files: from now on it counts as whole."""
-    sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.is_file()}
-    write_text(checkpoint / FILES, json.dumps(sizes, indent=1) + "\n")
+    """Write down what a checkpoint's files are, when they are on the disk: from now on it counts as whole."""
+    sync_tree(checkpoint)
+    digests = {file.name: sha256_file(file) for file in checkpoint.iterdir() if file.is_file()}
+    write_text(checkpoint / FILES, json.dumps(digests, indent=1) + "\n")
 
 
 def whole(checkpoint: Path) -> bool:
-    """True for a checkpoint that was sealed and whose files still have their sizes."""
+    """True for a checkpoint that was sealed and whose files are what they were."""
     try:
-        sizes = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+        digests = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
+        return all(sha256_file(checkpoint / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, AttributeError):
         return False
 

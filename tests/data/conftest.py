@@ -35,11 +35,16 @@ def texts(number: int, seed: int = 0) -> list[str]:
     return [f"{n} " + " ".join(chosen.choices(words, k=chosen.randint(1, 60))) for n in range(number)]
 
 
+def job_in(folder: Path, tokenizer: Path, **settings: Any) -> Job:
+    """Two sources, one of them a directory of two files."""
+    (folder / "zh").mkdir()
+    tiny.write_texts(folder / "zh" / "a.jsonl", texts(60))
+    tiny.write_texts(folder / "zh" / "b.jsonl", texts(60, 1))
+    tiny.write_texts(folder / "en.jsonl", texts(40, 2))
+    found = (Source(folder / "zh"), Source(folder / "en.jsonl"))
+    return Job("pretraining", found, tokenizer, 64, **settings)
+
+
 @pytest.fixture
 def job(tmp_path: Path, tokenizer: Path) -> Job:
-    """Two sources, one of them a directory of two files."""
-    (tmp_path / "zh").mkdir()
-    tiny.write_texts(tmp_path / "zh" / "a.jsonl", texts(60))
-    tiny.write_texts(tmp_path / "zh" / "b.jsonl", texts(60, 1))
-    tiny.write_texts(tmp_path / "en.jsonl", texts(40, 2))
-    return Job("pretraining", (Source(tmp_path / "zh"), Source(tmp_path / "en.jsonl")), tokenizer, 64)
+    return job_in(tmp_path, tokenizer)

@@ -10,7 +10,6 @@ import pickle
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from chinese_llama.data import prepare as module
 from chinese_llama.data import reading
 from chinese_llama.data.prepare import Job, Prepared, key, prepare
 from chinese_llama.errors import UserError
+from tests.data.conftest import job_in
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -61,42 +61,46 @@ sys.exit(max([os.waitpid(process, 0)[1] for process in together], default=0))
 """
 
 
-def in_processes(job: Job, roots: list[tuple[Path, int]]) -> list[int]:
-    """How often each of those that were not killed wrote to disk."""
+KILLED = [1, 4, 7, 10, 13, 17]  # after so many writes
+
+
+@pytest.fixture(scope="module")
+def processes(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path, list[int]]:
+    """A job, where processes have prepared it, and how often each that was not killed wrote to disk."""
+    folder = tmp_path_factory.mktemp("processes")
+    job = job_in(folder, tokenizer, eval_split=0.1)
+    roots = [(folder / f"killed-{writes}", writes) for writes in KILLED]
+    roots += [(folder / "again", 5)] * 4 + [(folder / "both", 0)] * 2
     command = [sys.executable, "-c", PREPARE]
     made = subprocess.run(command, input=pickle.dumps((job, roots)), stdout=subprocess.PIPE, check=True)
-    return [int(line) for line in made.stdout.split()]
+    return job, folder, [int(line) for line in made.stdout.split()]
 
 
+@pytest.mark.parametrize("name", [*(f"killed-{writes}" for writes in KILLED), "again"])
 def test_a_killed_preparation_goes_on_to_the_same_bytes(
-    job: Job, fast: Any, tmp_path: Path, small: None
+    name: str, processes: tuple[Job, Path, list[int]], fast: Any, tmp_path: Path, small: None
 ) -> None:
-    job = replace(job, eval_split=0.1)
+    job, folder, _ = processes
+    (left,) = (folder / name).glob(".*.partial")
+    state = left / "state.json"
+    finished = sum(entry["parts"] for entry in json.loads(state.read_text())) if state.is_file() else 0
+    assert finished or name == "killed-1"
+    parts = sorted((left / "result").glob("*.arrow"))[:finished]
+    files = {part.name: part.stat().st_ino for part in parts}
+    made, whole = prepare(job, folder / name, fast), prepare(job, tmp_path / "whole", fast)
+    assert contents(made.directory) == contents(whole.directory)
+    assert made.manifest.metrics == whole.manifest.metrics
+    assert {part: (made.directory / part).stat().st_ino for part in files} == files, "kept"
+    assert not left.exists()
+
+
+def test_two_processes_at_once_make_it_once(
+    processes: tuple[Job, Path, list[int]], fast: Any, tmp_path: Path, small: None
+) -> None:
+    job, folder, writes = processes
+    assert min(writes) == 0 and max(writes) > max(KILLED), "one of them finds it made"
     whole = prepare(job, tmp_path / "whole", fast)
-    writes = 2 * len(list(whole.directory.glob("*.arrow")))
-    roots = [(tmp_path / f"killed-{number}", number) for number in range(1, writes, 4)]
-    again = [(tmp_path / "again", 5)] * 4
-    assert in_processes(job, roots + again) == []
-    for root in (*(root for root, _ in roots), tmp_path / "again"):
-        (left,) = root.glob(".*.partial")
-        state = left / "state.json"
-        finished = sum(e["parts"] for e in json.loads(state.read_text())) if state.is_file() else 0
-        parts = {
-            file.name: file.stat().st_ino for file in sorted((left / "result").glob("*.arrow"))[:finished]
-        }
-        assert parts or root.name == "killed-1"
-        made = prepare(job, root, fast)
-        assert contents(made.directory) == contents(whole.directory)
-        assert made.manifest.metrics == whole.manifest.metrics
-        assert {name: (made.directory / name).stat().st_ino for name in parts} == parts, "kept"
-        assert not left.exists()
-
-
-def test_two_processes_at_once_make_it_once(job: Job, fast: Any, tmp_path: Path, small: None) -> None:
-    writes = in_processes(job, [(tmp_path / "both", 0)] * 2)
-    assert min(writes) == 0 < max(writes), "one of them finds it made"
-    alone = prepare(job, tmp_path / "alone", fast)
-    assert contents(tmp_path / "both" / alone.directory.name) == contents(alone.directory)
+    assert contents(folder / "both" / whole.directory.name) == contents(whole.directory)
 
 
 def test_another_process_is_waited_for(

@@ -7,17 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chinese_llama.model.initialise import METHODS, new_rows
+from chinese_llama.model.initialise import METHODS, PUSH, Side, new_rows
 
 ROWS, HIDDEN = 40, 6
 OLD = torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(1)) + 3
 PARTS = st.lists(st.lists(st.integers(0, ROWS - 1), max_size=5), min_size=1, max_size=12)
 
 
+SIDES = ("input", "output", "tied")
+
+
 @settings(max_examples=50, deadline=None)
-@given(PARTS)
-def test_subword_mean_is_the_mean_of_the_parts(parts: list[list[int]]) -> None:
-    rows = new_rows("subword-mean", OLD, parts)
+@given(PARTS, st.sampled_from(SIDES))
+def test_subword_mean_is_the_mean_of_the_parts(parts: list[list[int]], side: Side) -> None:
+    rows = new_rows("subword-mean", OLD, parts, side)
     assert rows.dtype == torch.float32
     for row, ids in zip(rows, parts, strict=True):
         chosen = [OLD[i].double() for i in ids] or list(OLD.double())
@@ -26,25 +29,26 @@ def test_subword_mean_is_the_mean_of_the_parts(parts: list[list[int]]) -> None:
 
 def test_the_mean_of_half_precision_rows_is_taken_in_float32() -> None:
     old = OLD.to(torch.bfloat16)
-    [row] = new_rows("subword-mean", old, [[0, 1, 2]])
+    [row] = new_rows("subword-mean", old, [[0, 1, 2]], "input")
     torch.testing.assert_close(row.double(), old[:3].double().mean(0), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_arguments_give_the_same_rows(method: str) -> None:
+def test_the_same_arguments_give_the_same_rows(method: str, side: Side) -> None:
     parts = [[1, 2], [], [3]]
     before = OLD.clone()
     torch.manual_seed(1)
-    first = new_rows(method, OLD, parts)
+    first = new_rows(method, OLD, parts, side)
     torch.manual_seed(2)
-    assert torch.equal(first, new_rows(method, OLD, parts))
+    assert torch.equal(first, new_rows(method, OLD, parts, side))
     assert first.shape == (3, HIDDEN)
     assert torch.equal(OLD, before)
 
 
 def test_mean_resizing_is_the_mean_and_a_little_noise_of_the_covariance() -> None:
     old = OLD * torch.tensor([1.0, 1, 1, 1, 1, 100])
-    rows = new_rows("mean-resizing", old, [[]] * 4000).double()
+    rows = new_rows("mean-resizing", old, [[]] * 4000, "input").double()
     noise = rows - old.double().mean(0)
     expected = 1e-9 * torch.cov(old.double().T, correction=0)
     # The noise is about 1e-5 beside a mean of 3 in float32, so only its order of size is checked.
@@ -55,11 +59,81 @@ def test_mean_resizing_is_the_mean_and_a_little_noise_of_the_covariance() -> Non
 
 
 def test_mean_resizing_of_equal_rows_gives_that_row() -> None:
-    rows = new_rows("mean-resizing", torch.full((4, HIDDEN), 0.5), [[1], [2]])
+    rows = new_rows("mean-resizing", torch.full((4, HIDDEN), 0.5), [[1], [2]], "output")
     torch.testing.assert_close(rows, torch.full((2, HIDDEN), 0.5))
 
 
 def test_random_rows_are_small_and_centred() -> None:
-    rows = new_rows("random", OLD, [[]] * 4000)
+    rows = new_rows("random", OLD, [[]] * 4000, "output")
     assert abs(float(rows.mean())) < 1e-3
     assert 0.019 < float(rows.std()) < 0.021
+
+
+@settings(max_examples=50, deadline=None)
+@given(PARTS)
+def test_asymmetric_input_rows_lean_to_the_last_part_and_have_the_median_norm(
+    parts: list[list[int]],
+) -> None:
+    rows = new_rows("asymmetric", OLD, parts, "input").double()
+    assert torch.equal(rows, new_rows("asymmetric", OLD, parts, "tied").double())
+    norm = OLD.norm(dim=1).median().double()
+    for row, ids in zip(rows, parts, strict=True):
+        row_of_parts = (
+            sum((k + 1) * OLD[i].double() for k, i in enumerate(ids)) if ids else OLD.double().mean(0)
+        )
+        torch.testing.assert_close(row, row_of_parts / row_of_parts.norm() * norm, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(PARTS)
+def test_asymmetric_output_rows_lean_to_the_first_part_and_are_pushed_alike(parts: list[list[int]]) -> None:
+    rows = new_rows("asymmetric", OLD, parts, "output").double()
+    mean = OLD.double().mean(0)
+    composed = []
+    for ids in parts:
+        weights = range(len(ids), 0, -1)
+        weighted = (w * OLD[i].double() for w, i in zip(weights, ids, strict=True))
+        composed.append(sum(weighted) / sum(weights) if ids else mean)
+    with_parts = [row for row, ids in zip(composed, parts, strict=True) if ids]
+    push = PUSH * (torch.stack(with_parts).mean(0) - mean) if with_parts else 0.0
+    torch.testing.assert_close(rows, torch.stack(composed) + push, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_asymmetric_rows_tell_the_order_of_parts(side: Side) -> None:
+    """The same bag of pieces, as of 中国 and 国中, or of bytes, in another order."""
+    parts = [[1, 2], [2, 1], [7, 8, 9], [9, 8, 7], [8, 7, 9], [7, 8, 9, 7]]
+    rows = new_rows("asymmetric", OLD, parts, side).to(torch.bfloat16)
+    assert len(torch.unique(rows, dim=0)) == len(parts)
+    assert len(torch.unique(new_rows("subword-mean", OLD, parts, side).to(torch.bfloat16), dim=0)) == 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(PARTS, st.sampled_from(SIDES), st.sampled_from([2.0**-10, 2.0**7]))
+def test_asymmetric_rows_scale_with_the_matrix(parts: list[list[int]], side: Side, scale: float) -> None:
+    rows = new_rows("asymmetric", OLD, parts, side)
+    scaled = new_rows("asymmetric", OLD * scale, parts, side)
+    torch.testing.assert_close(scaled, rows * scale, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("old", [torch.zeros(5, HIDDEN), torch.ones(5, HIDDEN)], ids=["zero", "equal"])
+@pytest.mark.parametrize("side", SIDES)
+def test_asymmetric_rows_of_degenerate_matrices_are_finite(old: torch.Tensor, side: Side) -> None:
+    rows = new_rows("asymmetric", old, [[0, 1], [], [2]], side)
+    torch.testing.assert_close(rows, old[:3])
+    torch.testing.assert_close(new_rows("asymmetric", old, [[], []], side), old[:2])
+
+
+def test_the_push_takes_probability_from_new_pieces_where_the_base_had_other_ones_in_mind() -> None:
+    """Old pieces 0 to 29 are likely in a context, 30 to 39 are not, and the new ones are made of the latter."""
+    generator = torch.Generator().manual_seed(3)
+    context = torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0)
+    old = torch.randn(40, 64, generator=generator) * 0.1
+    old += context * torch.where(torch.arange(40) < 30, 8.0, 5.0)[:, None]
+    parts = [[30 + i % 10, 30 + i // 10] for i in range(100)]
+
+    def share(method: str) -> float:
+        rows = new_rows(method, old, parts, "output")
+        return float(torch.softmax(torch.cat([old, rows]) @ context, 0)[40:].sum())
+
+    assert share("asymmetric") < 0.01 < 0.1 < share("subword-mean")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chinese_llama.artifacts import read_manifest
 from chinese_llama.directories import MANIFEST
 from chinese_llama.errors import BadFile, DoesNotFit, OutputExists, UserError
+from chinese_llama.model.initialise import METHODS, new_rows
 from chinese_llama.model.resize import base_vocab_size, decompose, extend_model
 from chinese_llama.model.shards import EMBED, HEAD, Weights
 from chinese_llama.vocab.proto import CONTROL, read_model
@@ -63,22 +66,64 @@ def test_it_loads_and_tokenizer_and_rows_agree(base: Path, extended: Path) -> No
         torch.testing.assert_close(model(ids).logits[..., :size], old(ids).logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_sharded_half_precision_bases_are_extended(
-    base: Path, tokenizer: Path, tmp_path: Path, dtype: torch.dtype
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_sharded_bases_of_every_precision_are_extended(
+    base: Path, tokenizer: Path, tmp_path: Path, dtype: torch.dtype, kind: str
 ) -> None:
-    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(
-        str(tmp_path / "base"), max_shard_size="20KB"
-    )
-    shutil.copy(base / "tokenizer.model", tmp_path / "base")
-    extend_model(tmp_path / "base", tokenizer, tmp_path / "out")
-    assert_extends(tmp_path / "base", tmp_path / "out", *sizes(base, tokenizer))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    source = tmp_path / "base"
+    model.save_pretrained(str(source), max_shard_size="20KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    if kind == "bin":
+        as_bin(source)
+    shutil.copy(base / "tokenizer.model", source)
+    extend_model(source, tokenizer, tmp_path / "out", pad_to_multiple_of=64)
+    old, new = sizes(base, tokenizer)
+    assert_extends(source, tmp_path / "out", old, -(-new // 64) * 64)
+    assert not list((tmp_path / "out").glob("*.bin*"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == dtype
 
 
-def test_a_tied_base_stays_tied(tokenizer: Path, tmp_path: Path) -> None:
+def as_bin(directory: Path) -> None:
+    """Turn sharded safetensors into shards as older programs wrote them."""
+    weight_map = {}
+    for number, file in enumerate(sorted(directory.glob("*.safetensors"))):
+        tensors = load_file(file)
+        torch.save(tensors, directory / f"pytorch_model-{number}.bin")
+        weight_map |= dict.fromkeys(tensors, f"pytorch_model-{number}.bin")
+        file.unlink()
+    (directory / "model.safetensors.index.json").unlink()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_memory_is_a_few_tensors(tokenizer: Path, tmp_path: Path) -> None:
+    """Layers that are many times larger pass through, and are never held together."""
+    wide = {"hidden_size": 512, "intermediate_size": 8192, "num_hidden_layers": 4}
+    base = tiny.write_base(tmp_path / "base", tiny.base_tokenizer(), **wide)
+    code = """if True:
+        import sys
+        from pathlib import Path
+        import chinese_llama.vocab.bases, numpy
+        from chinese_llama.model.resize import extend_model
+        def peak():
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) << 10
+        before = peak()
+        extend_model(*map(Path, sys.argv[1:]))
+        print(peak() - before)
+    """
+    places = [str(base), str(tokenizer), str(tmp_path / "out")]
+    told = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, check=True)
+    assert 0 < int(told.stdout) < (base / "model.safetensors").stat().st_size / 2
+
+
+@pytest.mark.parametrize("init", METHODS)
+def test_a_tied_base_stays_tied(tokenizer: Path, tmp_path: Path, init: str) -> None:
     base = tiny.write_base(tmp_path / "base", tiny.base_tokenizer(), tied=True)
-    extend_model(base, tokenizer, tmp_path / "out")
+    extend_model(base, tokenizer, tmp_path / "out", init=init)
     assert HEAD not in Weights(tmp_path / "out")
     assert_extends(base, tmp_path / "out", *sizes(base, tokenizer))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -86,9 +131,11 @@ def test_a_tied_base_stays_tied(tokenizer: Path, tmp_path: Path) -> None:
 
 
 def test_a_new_row_is_the_mean_of_its_utf8_bytes_without_a_stray_space(
-    base: Path, tokenizer: Path, extended: Path
+    base: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     """The pico base has no Chinese, so a Chinese piece is its bytes and nothing else."""
+    extended = tmp_path / "extended"
+    extend_model(base, tokenizer, extended, init="subword-mean")
     pieces = read_model(tokenizer / "tokenizer.model").pieces
     ids = {piece.piece: i for i, piece in enumerate(pieces)}
     old = sizes(base, tokenizer)[0]
@@ -123,7 +170,7 @@ def test_control_pieces_and_padding_start_at_the_mean(base: Path, chinese_sp: Pa
     from chinese_llama.vocab.merge import extend_vocab
 
     extend_vocab(base, chinese_sp, tmp_path / "tokenizer", pad_token="[PAD]")
-    extend_model(base, tmp_path / "tokenizer", tmp_path / "out", pad_to_multiple_of=64)
+    extend_model(base, tmp_path / "tokenizer", tmp_path / "out", "subword-mean", pad_to_multiple_of=64)
     model = read_model(tmp_path / "out" / "tokenizer.model")
     assert model.pieces[-1].type == CONTROL
     rows = Weights(tmp_path / "out").load(EMBED)
@@ -143,15 +190,27 @@ def test_rows_are_padded_to_a_multiple(base: Path, tokenizer: Path, tmp_path: Pa
     assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_input_embeddings().weight) == rows
 
 
-@pytest.mark.parametrize("init", ["mean-resizing", "random"])
+def test_input_and_output_rows_start_in_ways_of_their_own(
+    base: Path, tokenizer: Path, extended: Path
+) -> None:
+    """The default: each matrix by its own rule from its own old rows."""
+    old, new = sizes(base, tokenizer)
+    parts = decompose(tokenizer, sp_reader(read_model(tokenizer / "tokenizer.model")), old, new)
+    assert read_manifest(extended).settings["init"] == "asymmetric"  # type: ignore[union-attr]
+    for name, side in ((EMBED, "input"), (HEAD, "output")):
+        wanted = new_rows("asymmetric", Weights(base).load(name), parts, side)  # type: ignore[arg-type]
+        assert torch.equal(Weights(extended).load(name)[old:], wanted)
+
+
+@pytest.mark.parametrize("init", ["subword-mean", "mean-resizing", "random"])
 def test_the_other_methods_touch_new_rows_only(
     base: Path, tokenizer: Path, extended: Path, tmp_path: Path, init: str
 ) -> None:
     extend_model(base, tokenizer, tmp_path / "out", init=init)
     old, new = sizes(base, tokenizer)
     assert_extends(base, tmp_path / "out", old, new)
-    ours, mean = Weights(tmp_path / "out").load(EMBED)[old:], Weights(extended).load(EMBED)[old:]
-    assert not torch.allclose(ours, mean)
+    ours, default = Weights(tmp_path / "out").load(EMBED)[old:], Weights(extended).load(EMBED)[old:]
+    assert not torch.allclose(ours, default)
 
 
 def test_what_lies_beside_the_weights_travels_but_no_old_tokenizer(
@@ -221,8 +280,12 @@ def test_a_base_without_its_matrices_is_refused(
 
 
 def test_unknown_settings_are_refused(base: Path, tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--init 'zero': known are subword-mean"):
+    with pytest.raises(UserError, match=r"--init 'zero': known are asymmetric, .*, distill"):
         extend_model(base, tokenizer, tmp_path / "out", init="zero")
+    with pytest.raises(UserError, match=r"--init distill reads the new pieces in texts; .* with --corpus"):
+        extend_model(base, tokenizer, tmp_path / "out", init="distill")
+    with pytest.raises(UserError, match="--corpus is for --init distill; asymmetric reads none"):
+        extend_model(base, tokenizer, tmp_path / "out", corpus=[tmp_path])
     with pytest.raises(UserError, match="--pad-to-multiple-of must be at least 1"):
         extend_model(base, tokenizer, tmp_path / "out", pad_to_multiple_of=0)
     with pytest.raises(BadFile, match=r"has neither tokenizer\.model nor tokenizer\.json"):
