@@ -174,7 +174,7 @@ def test_force_does_not_replace_what_is_not_a_result(tmp_path: Path, monkeypatch
     (tmp_path / "here" / "file").write_text("x")
     monkeypatch.chdir(tmp_path / "here")
     with (
-        pytest.raises(OutputExists, match="is no result of this tool"),
+        pytest.raises(OutputExists, match="the directory that you are in"),
         new_directory(tmp_path / "here", force=True),
     ):
         pass

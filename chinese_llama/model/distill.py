@@ -21,6 +21,7 @@ from chinese_llama.progress import track
 SNIPPET = 48  # new ids
 TIMES = 16  # so often a piece is learnt from; more frequent ones are seen more often beside rarer ones
 CHARACTERS = 50_000_000  # of the corpus are looked at
+MOST = 6_000  # snippets that are learnt from, drawn from all that were found
 BATCH = 32  # snippets
 RATE = 0.05  # first learning rate, in standard deviations of the old rows' elements; it falls to zero
 KEPT_APART = 20  # one snippet in so many measures the result
@@ -50,7 +51,7 @@ def distill(
     if len(found) < 2:
         raise DoesNotFit("--corpus: hardly a new piece occurs in these texts; give texts in their language.")
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(SEED)).tolist()
-    found = [found[index] for index in order]
+    found = [found[index] for index in order[:MOST]]
     apart = found[: -(-len(found) // KEPT_APART)]
     learnt = found[len(apart) :]
     model = load_model(base).to(device()).requires_grad_(False)
@@ -92,7 +93,7 @@ class Student:
         self.rows = rows.to(self.old.device, torch.float32, copy=True).requires_grad_()
 
     def train(self, learnt: list[Ids]) -> None:
-        """One pass over the snippets, those of about equal length together, in a shuffled order."""
+        """One pass over the snippets; rows that a batch lacks stay where they are in it."""
         rate = RATE * float(self.old[: self.old_size].float().std())
         optimizer = torch.optim.SparseAdam([self.rows], lr=rate)
         batches = [learnt[start : start + BATCH] for start in range(0, len(learnt), BATCH)]

@@ -11,6 +11,7 @@ Parts = Sequence[Sequence[int]]
 Side = Literal["input", "output", "tied"]
 SEED = 20_000
 PUSH = 4.0  # with 2, new ids keep 0.3 % of the probability on English in benchmarks/rows.py
+NOISE = 0.1
 
 
 def new_rows(method: str, old: torch.Tensor, parts: Parts, side: Side) -> torch.Tensor:
@@ -53,16 +54,26 @@ def _asymmetric(old: torch.Tensor, parts: Parts, side: Side) -> torch.Tensor:
     2402.14714). So parts in another order give another row.
 
     Input rows get the median norm of old rows, for a mean of many is short. Output rows are pushed away from
-    the mean of all old rows, together, by PUSH times the distance that they have from it on the average:
-    what is far from the old pieces takes no probability from them.
+    the mean of all old rows, together, by PUSH times the distance that they have from it on the average, so
+    that they begin unlikely where the base expects other pieces than their parts; they are longer than old
+    rows for that. Pieces that repeat one part (twice, three times) would start alike: noise tells them apart.
     """
     if side == "output":
         rows = _weighted(old, parts, lambda count: range(count, 0, -1))
         has = torch.tensor([len(ids) > 0 for ids in parts])
-        return rows + PUSH * (rows[has].mean(0) - old.mean(0)) if has.any() else rows
+        rows = rows + PUSH * (rows[has].mean(0) - old.mean(0)) if has.any() else rows
+        return _told_apart(rows, old, parts)
     rows = _weighted(old, parts, lambda count: range(1, count + 1))
     norms = rows.norm(dim=1, keepdim=True)
-    return rows * (old.norm(dim=1).median() / norms.clamp(min=torch.finfo(torch.float32).tiny))
+    rows = rows * (old.norm(dim=1).median() / norms.clamp(min=torch.finfo(torch.float32).tiny))
+    return _told_apart(rows, old, parts)
+
+
+def _told_apart(rows: torch.Tensor, old: torch.Tensor, parts: Parts) -> torch.Tensor:
+    """`rows`, with a little noise (NOISE of the old rows' spread) in those of pieces that repeat one part."""
+    alike = torch.tensor([len(ids) > 1 and len(set(ids)) == 1 for ids in parts], dtype=torch.bool)
+    noise = torch.randn(rows.shape, generator=_generator()) * (NOISE * old.std())
+    return torch.where(alike[:, None], rows + noise, rows)
 
 
 def _weighted(old: torch.Tensor, parts: Parts, weights: Callable[[int], Sequence[float]]) -> torch.Tensor:

@@ -72,6 +72,18 @@ def test_the_same_corpus_gives_the_same_rows(
     assert first[0].shape == rows.shape
 
 
+def test_no_more_snippets_are_learnt_from_than_the_limit(
+    base: Path,
+    tokenizer: Path,
+    work: Path,
+    setting: tuple[torch.Tensor, list[list[int]], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distilling, "MOST", 10)
+    rows, parts, old = setting
+    assert distill(base, tokenizer, [work / "zh.jsonl"], rows, parts, old)[1]["snippets"] == 9
+
+
 def test_snippets_stop_when_every_piece_was_seen_often_enough(
     tokenizer: Path,
     work: Path,

@@ -187,7 +187,7 @@ CASES: list[dict[str, Any]] = [
     {"tied": True},
     {"tied": True, "embeddings": "full"},
     {"targets": ("q_proj", "v_proj"), "dropout": True, "rank": 4},
-    {"num_key_value_heads": 1, "batch": 1, "block": 512},
+    {"num_key_value_heads": 4, "batch": 1, "block": 512},
     NF4,
     {**NF4, "embeddings": "full"},
     {**NF4, "embeddings": "frozen"},

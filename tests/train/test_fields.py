@@ -41,7 +41,8 @@ def test_a_command_line_alone_is_enough(here: Path) -> None:
         "m", data="d.txt", output_dir="o", lora_r=16, eval_text={}, max_regression={}
     )
     assert recipe.fields.lora_target_modules == PROJECTIONS
-    assert recipe.training == {**COMMON, **DEFAULTS, "learning_rate": 1e-5, "bf16": True}
+    given = {"learning_rate": 1e-5, "bf16": True, "per_device_eval_batch_size": 8}
+    assert recipe.training == {**COMMON, **DEFAULTS, **given}
     assert recipe.workspace is None
     assert not recipe.keep
 

@@ -305,7 +305,7 @@ def llama(
     tiny.write_llama(folder / "base", rows, tied=request.param)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(place / "base" / name, folder / "base")
-    extend_model(folder / "base", extended, folder / "out")
+    extend_model(folder / "base", extended, folder / "out", init="subword-mean")
     return folder
 
 
