@@ -34,7 +34,7 @@ def run(recipe: Recipe[Any], trainer: Any, prepared: Prepared) -> None:
     trainer.check()
     if trainer.is_world_process_zero():
         print(
-            f"One step ran: loss {loss:.3f}, {time.monotonic() - start:.1f} s with warming up. Nothing was saved."
+            f"One step ran: loss {loss:.3f}, {time.monotonic() - start:.1f} s with warming up. No adapter was written."
         )
 
 

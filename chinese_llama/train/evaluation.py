@@ -15,7 +15,7 @@ from chinese_llama.evaluate.bits import Windows, score, text_windows
 from chinese_llama.progress import say
 from chinese_llama.train.callbacks import JsonLog
 
-CHARACTERS = 100_000  # of a text are measured: the documents that begin before
+CHARACTERS = 50_000  # of a text are measured: the documents that begin before
 FIGURES = ("bits_per_character", "bits_per_byte", "perplexity", "characters_per_token")
 
 

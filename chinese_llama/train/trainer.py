@@ -134,6 +134,7 @@ class VocabularyTrainer(Trainer):
         return f"the documents {', '.join(named[:12])}{more}"
 
     def cause(self) -> str:
+        """Why values are not finite any more, as far as one can see."""
         frozen = (item for item in self.model.named_parameters() if not item[1].requires_grad)
         for name, parameter in frozen:
             if parameter.is_floating_point() and not torch.isfinite(parameter).all():
@@ -201,13 +202,8 @@ def parameter_groups(model: Any, arguments: Any, fields: Any) -> list[dict[str, 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group = group_of(name)
-            part = (
-                "rows"
-                if group in ROWS
-                else group
-                if group == "lora_B" and fields.loraplus_lr_ratio
-                else "lora"
-            )
+            own = group == "lora_B" and fields.loraplus_lr_ratio
+            part = "rows" if group in ROWS else "lora_B" if own else "lora"
             groups[part].setdefault("params", []).append(parameter)
     return [{"name": name, **group} for name, group in groups.items() if "params" in group]
 

@@ -212,8 +212,9 @@ def test_half_precision_and_checkpointing_train(extended: Path, work: Path, tmp_
         extended, work / "zh.jsonl", tmp_path / "b", *common, "--gradient_checkpointing", "true"
     )
     assert losses(checkpointed) == pytest.approx(plain, rel=1e-5)
-    half = pretrain(
-        extended, work / "zh.jsonl", tmp_path / "c", *common, "--dtype", "bfloat16", "--use_cpu", "true"
-    )
-    assert losses(half) == pytest.approx(plain, rel=0.03)
-    assert all(tensor.dtype == torch.float32 for tensor in tensors(half).values())
+    for dtype in ("bfloat16", "float16"):
+        half = pretrain(
+            extended, work / "zh.jsonl", tmp_path / dtype, *common, "--dtype", dtype, "--use_cpu", "true"
+        )
+        assert losses(half) == pytest.approx(plain, rel=0.03)
+        assert all(tensor.dtype == torch.float32 for tensor in tensors(half).values())
