@@ -124,7 +124,9 @@ def extend_model(
     ] = None,
     corpus: Annotated[
         list[Path] | None,
-        typer.Option(help="Text that `--init distill` reads. May be repeated.", show_default="the workspace's"),
+        typer.Option(
+            help="Text that `--init distill` reads. May be repeated.", show_default="the workspace's"
+        ),
     ] = None,
     pad_to_multiple_of: Annotated[
         int | None, typer.Option(help="Round the rows up.", show_default="1")

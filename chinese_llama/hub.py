@@ -9,12 +9,25 @@ from typing import Any
 
 from chinese_llama.errors import UserError
 
+FILES = (
+    ".txt",
+    ".jsonl",
+    ".json",
+    ".parquet",
+    ".gz",
+    ".zst",
+    ".model",
+    ".yaml",
+    ".jinja",
+)  # no repository's name
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def is_hub_id(place: str | Path) -> bool:
-    """True for "organisation/name", unless a directory "organisation" is here: then it is a path."""
-    return HUB_ID.fullmatch(str(place)) is not None and not Path(place).parent.exists()
+    """True for "organisation/name", unless that names a file, or a directory "organisation" is here: then it is
+    a path."""
+    named = HUB_ID.fullmatch(str(place)) is not None and not str(place).endswith(FILES)
+    return named and not Path(place).parent.exists()
 
 
 def local(place: str | Path) -> Path:

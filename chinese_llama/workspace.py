@@ -217,4 +217,6 @@ def template(base: str | None, corpus: str | None, replay: str | None, instructi
         "replay": replay or "path/to/en.jsonl",
         "instructions": instructions or "path/to/instructions.jsonl",
     }
-    return TEMPLATE.format(hash="" if replay else "# ", **{name: json.dumps(p, ensure_ascii=False) for name, p in places.items()})
+    return TEMPLATE.format(
+        hash="" if replay else "# ", **{name: json.dumps(p, ensure_ascii=False) for name, p in places.items()}
+    )

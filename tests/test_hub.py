@@ -130,3 +130,10 @@ def test_of_a_dataset_only_the_files_that_are_asked_for_are_downloaded(tmp_path:
     finally:
         server.shutdown()
     assert listed("zh/*.jsonl", HF_HUB_OFFLINE="1")[0] == chosen
+
+
+@pytest.mark.parametrize("place", ["dta/zh.jsonl", "dta/zh.jsonl.gz", "dta/zh.parquet", "dta/zh.txt"])
+def test_a_mistyped_file_is_no_hub_id(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked of the network for it."""
+    monkeypatch.chdir(tmp_path)
+    assert not is_hub_id(place)

@@ -23,6 +23,7 @@ from chinese_llama.progress import say
 # them apart, as "instruction" and "input", for the template that writes them apart.
 Message = dict[str, str]
 FORMATS = ("alpaca", "belle", "sharegpt", "openai")
+EITHER = "alpaca or belle"  # both have an instruction; a dialogue in it is belle's
 ROLES = {
     "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
@@ -101,7 +102,7 @@ def _detected(record: Any) -> str:
         raise _Malformed("is plain text; conversations come as .jsonl, .json or .parquet records.")
     for format, name in (("openai", "messages"), ("sharegpt", "conversations"), ("alpaca", "instruction")):
         if isinstance(record, dict) and name in record:
-            return "belle" if format == "alpaca" and _belle_turns(record[name]) else format
+            return EITHER if format == "alpaca" else format
     known = "alpaca and belle (instruction, output), sharegpt (conversations), openai (messages)"
     raise _Malformed(f"is in no known format (found: {_names(record)}); known are {known}.")
 
@@ -116,7 +117,7 @@ def _conversation(format: str, record: Any) -> list[Message]:
         elif format == "sharegpt" or (format == "belle" and "conversations" in record):
             turns = _listed(record, "conversations", "from", "value")
         else:
-            turns = _fields(record, format == "belle")
+            turns = _fields(record, format != "alpaca")
         return _alternating(turns)
     except _Malformed as error:
         raise _Malformed(f"is no {format} record: {error}.") from None
@@ -161,12 +162,16 @@ def _fields(record: dict[str, Any], belle: bool) -> list[Message]:
     instruction, output = _text(record, "instruction"), _text(record, "output")
     system, given = _text(record, "system", needed=False), _text(record, "input", needed=False)
     turns = [{"role": "system", "content": system}] if system else []
-    for pair in record.get("history") or []:
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise _Malformed("its 'history' is not a list of pairs of texts")
+    for pair in history:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise _Malformed("its 'history' is not a list of pairs of texts")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     dialogue = _belle_turns(instruction) if belle else []
     if dialogue:
+        dialogue[-1]["content"] += f"\n{given}" if given else ""
         turns += dialogue
     elif given:
         joined = f"{instruction}\n{given}"

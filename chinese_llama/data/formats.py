@@ -1,6 +1,6 @@
 """Documents and records from files: .txt, .jsonl, .json, .parquet; the first three also .gz, .zst.
 
-Everything streams. A .txt file holds one document a line (empty lines are skipped); the others hold
+All but .json files stream. A .txt file holds one document a line (empty lines are skipped); the others hold
 records, with a field `text` where they are documents (for others see chinese_llama.data.conversations).
 """
 
@@ -11,6 +11,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,7 +59,7 @@ def _file_texts(
     file: Path, text_of: Callable[[Path, int | None, Any], str], column: str | None = None
 ) -> Iterator[str]:
     for line, record in records(file, column):
-        text = record if isinstance(record, str) else text_of(file, line, record)
+        text = valid_unicode(file, line, record) if isinstance(record, str) else text_of(file, line, record)
         if text.strip():
             yield text
 
@@ -70,7 +71,7 @@ def corpus_files(path: Path, pattern: str | None = None) -> list[Path]:
     if path.is_dir():
         try:
             below = path.rglob("*") if pattern is None else path.glob(pattern)
-            files = sorted({file for file in below if file.is_file() and _kind(file) in SUFFIXES})
+            files = sorted({file for file in below if file.is_file() and _is_corpus(file)})
         except (ValueError, NotImplementedError) as error:
             raise BadFile(path, f"files: {pattern!r} is no pattern for the files in it ({error}).") from error
         if not files:
@@ -95,9 +96,14 @@ def as_paths(value: Any) -> list[Path]:
     return [Path(str(item)) for item in values]
 
 
+def _is_corpus(file: Path) -> bool:
+    """Not what lies beside data: hidden files, a data set's description."""
+    return _kind(file) in SUFFIXES and not file.name.startswith((".", "dataset_info"))
+
+
 def _kind(path: Path) -> str:
     suffixes = path.suffixes
-    packed = suffixes[-1:] in (([".gz"]), ([".zst"]))
+    packed = suffixes[-1:] in ([".gz"], [".zst"])
     return (suffixes[:-1] if packed else suffixes)[-1] if len(suffixes) > packed else ""
 
 
@@ -112,10 +118,10 @@ def records(
     if kind == ".parquet":
         yield from _parquet(path, column)
         return
-    if kind == ".json":
+    if kind == ".json" and not _holds_lines(path):
         yield from _json(path)
         return
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in _lines(path, bad):
         if kind == ".txt":
             yield number, line.rstrip("\r\n")
         elif line.strip():
@@ -129,16 +135,33 @@ def records(
             yield number, record
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of `path`, unpacked and decoded (UTF-8; a byte-order mark is dropped)."""
-    number = 0
+def _holds_lines(path: Path) -> bool:
+    """True for a .json file that holds a record a line, as many published ones do."""
+    first = list(islice((line for _, line in _lines(path) if line.strip()), 2))
+    try:
+        return len(first) == 2 and all(isinstance(json.loads(line), dict) for line in first)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _lines(path: Path, bad: Callable[[BadFile], None] | None = None) -> Iterator[tuple[int, str]]:
+    """(number, line) of `path`, unpacked and decoded (UTF-8; a byte-order mark is dropped).
+
+    A line that is not UTF-8 raises BadFile, or is given to `bad` and left out.
+    """
     try:
         with open(path, "rb") as raw:
             for number, line in enumerate(_unpacked(path, raw), 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        what = "is not UTF-8; convert it first (iconv -f GB18030 -t UTF-8)."
-        raise BadFile(path, what, number) from error
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    what = "is not UTF-8; convert it first (iconv -f GB18030 -t UTF-8)."
+                    told = BadFile(path, what, number)
+                    if bad is None:
+                        raise told from error
+                    bad(told)
+                    continue
+                yield number, text
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise BadFile(path, f"cannot be unpacked ({error}).") from error
     except OSError as error:
@@ -192,7 +215,7 @@ def _parse(path: Path, text: str, line: int | None) -> Any:
 
 
 def _json(path: Path) -> Iterator[tuple[None, Any]]:
-    loaded = _parse(path, "".join(_lines(path)), None)
+    loaded = _parse(path, "".join(line for _, line in _lines(path)), None)
     if isinstance(loaded, dict) and isinstance(loaded.get("data"), list):
         loaded = loaded["data"]
     if not isinstance(loaded, list):
@@ -213,7 +236,7 @@ def _parquet(path: Path, column: str | None = None) -> Iterator[tuple[int, dict[
             for record in batch.to_pylist():
                 number += 1
                 yield number, record
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise BadFile(path, f"is not a readable Parquet file ({error}).") from error
 
 

@@ -85,16 +85,20 @@ def names(found: Sequence[Source]) -> list[str]:
     return made
 
 
-def mix(found: Sequence[Source], lengths: Sequence[int], seed: int) -> list[list[int]]:
+def mix(
+    found: Sequence[Source], lengths: Sequence[int], seed: int, tokens: Sequence[int] | None = None
+) -> list[list[int]]:
     """For each source the indices of the blocks that make up one epoch.
 
-    With weights, the epoch is as long as all sources together, and each source gets its share of
-    it: repeated where it is too short, a random choice of blocks where it is too long.
+    `lengths` are the sources' blocks, `tokens` their tokens (by default, all blocks are equally full). With
+    weights, the epoch has the tokens of all sources together, and each source gets its share of them: repeated where it is too short, a random choice of blocks where it is too long.
     """
     if found[0].weight is None:
         return [list(range(length)) for length in lengths]
     whole = sum(source.weight or 0 for source in found)
-    shares = [sum(lengths) * (source.weight or 0) / whole for source in found]
+    tokens = tokens or lengths
+    full = [count / length for count, length in zip(tokens, lengths, strict=True)]  # tokens of a block
+    shares = [sum(tokens) * (s.weight or 0) / whole / each for s, each in zip(found, full, strict=True)]
     chosen = []
     for number, (length, share) in enumerate(zip(lengths, shares, strict=True)):
         wanted = max(1, round(share))

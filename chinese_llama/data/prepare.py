@@ -101,7 +101,8 @@ class Prepared:
             for number in range(len(self.sources))
         ]
         if self.sources[0].weight is not None:
-            chosen = mix(self.sources, [len(blocks) for blocks in whole], seed)
+            tokens = [figures["tokens"] for figures in self.manifest.metrics["sources"]]
+            chosen = mix(self.sources, [len(blocks) for blocks in whole], seed, tokens)
             whole = [blocks.select(indices) for blocks, indices in zip(whole, chosen, strict=True)]
         return datasets.concatenate_datasets(whole).with_format("numpy")
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from chinese_llama.data.conversations import Message
 from chinese_llama.data.published import TEMPLATES
 from chinese_llama.errors import BadFile, UserError, nearest
@@ -225,10 +223,12 @@ def _segments(tokenizer: Any, text: str, learnt: bool = False, goes_on: bool = F
 def _rendered(tokenizer: Any, template: str, messages: list[Message], prompt: bool) -> str:
     """What `apply_chat_template` makes of the messages, with a `prompt` for an answer."""
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
         )
-    except (TemplateError, TypeError, ValueError) as error:
+        text.encode()  # half a surrogate pair is no text
+        return text
+    except Exception as error:  # a template may do anything that Jinja lets it
         raise UserError(f"The chat template cannot be rendered ({error}).") from error
 
 

@@ -57,19 +57,16 @@ def _data(recipe: Recipe[Any], trainer: Any, prepared: Prepared) -> list[str]:
     lines = [
         f"{'one epoch of':<24}{'documents':>12}{'held out':>10}{'blocks':>10}{'tokens':>16}{'share':>8}{'steps':>10}"
     ]
-    for source, count in zip(sources, blocks, strict=True):
+    tokens = [count * s["tokens"] / s["blocks"] for s, count in zip(sources, blocks, strict=True)]
+    for source, count, held in zip(sources, blocks, tokens, strict=True):
         lines.append(
             f"{source['name'][:23]:<24}{source['documents']:>12,}{source['held_out']:>10,}{count:>10,}"
-            f"{count * length:>16,}{count / blocks.sum():>8.1%}{count / batch:>10,.1f}"
+            f"{held:>16,.0f}{held / sum(tokens):>8.1%}{count / batch:>10,.1f}"
         )
     per_epoch = math.ceil(blocks.sum() / batch)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     check_steps(steps, recipe.fields.rows_only_steps)
-    total = steps * batch * length
-    return [
-        *lines,
-        f"The run: {steps:,} steps of {batch} x {length} = {batch * length:,} tokens, {total:,} in all.",
-    ]
+    return [*lines, f"The run: {steps:,} steps of {batch} blocks of {length} tokens."]
 
 
 def _memory(recipe: Recipe[Any], trainer: Any) -> list[str]:

@@ -11,6 +11,7 @@ from chinese_llama.data.prepare import Job, Prepared, prepare
 from chinese_llama.data.templates import find_template, fit_template
 from chinese_llama.errors import UserError
 from chinese_llama.train.fields import Fields, PretrainingFields, Recipe, TuningFields, resolve
+from chinese_llama.workspace import find
 
 
 def pretraining_job(recipe: Recipe[PretrainingFields]) -> Job:
@@ -77,6 +78,8 @@ def _filled(argv: Sequence[str]) -> list[str]:
     """`argv` with what only training needs filled in from what was given."""
     given = {word.partition("=")[0].replace("-", "_"): number for number, word in enumerate(argv)}
     words = list(argv)
+    if not {"__config", "__prepared_dir", "__output_dir"} & set(given) and find() is None:
+        raise UserError("prepare: say where the data goes with --prepared-dir DIRECTORY.")
     for needed, stand_in in (
         ("model_name_or_path", "tokenizer_name_or_path"),
         ("output_dir", "prepared_dir"),

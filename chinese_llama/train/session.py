@@ -134,6 +134,7 @@ def _manifest(recipe: Recipe[Any], job: Job, adapters: list[Adapter]) -> Manifes
     settings["weights"] = [source.weight for source in job.sources]
     if job.template:
         settings["chat_template"] = job.template
+        settings["formats"] = [source.format for source in job.sources]
     return Manifest("adapter", recipe.name, inputs, settings)
 
 

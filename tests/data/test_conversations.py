@@ -132,7 +132,7 @@ def test_whatever_is_read_begins_with_a_question_and_ends_with_an_answer(
 
 
 MALFORMED = [
-    ("auto", "[1, 2]", r"line 2: is no alpaca record \(found: list\)"),
+    ("auto", "[1, 2]", r"line 2: is no alpaca or belle record \(found: list\)"),
     ("alpaca", {"instruction": "x"}, r"line 2: is no alpaca record: it has no 'output' \(found: instruction\)"),
     ("alpaca", {"output": "x"}, r"is no alpaca record: it has no 'instruction' \(found: output\)"),
     ("alpaca", alpaca(["x"]), r"is no alpaca record: its 'instruction' is not text"),
@@ -175,7 +175,7 @@ def test_a_malformed_record_says_where_and_what_or_is_skipped_and_counted(
 
 def test_in_a_json_list_a_malformed_record_has_its_number(tmp_path: Path) -> None:
     path = put(tmp_path / "a.json", [alpaca(), alpaca(), {"instruction": "x"}])
-    with pytest.raises(BadFile, match=r"a\.json: record 3 is no alpaca record: it has no 'output'"):
+    with pytest.raises(BadFile, match=r"a\.json: record 3 is no alpaca or belle record: it has no 'output'"):
         list(conversations(path))
 
 
@@ -246,3 +246,34 @@ def test_real_instructions_are_read_to_the_end(data: Path) -> None:
     found = list(file_conversations(data / "alpaca_zh.jsonl.gz", "auto", "stop", left_out))
     assert len(found) + left_out.total() == 20_465 and left_out["malformed"] == 0
     assert len(found) > 20_000 and all(len(messages) == 2 for messages in found)
+
+
+def test_a_dialogue_after_a_single_question_is_still_a_dialogue(tmp_path: Path) -> None:
+    """BELLE's files hold both; the first record does not decide for all."""
+    dialogue = {"instruction": "Human:一\nAssistant:二\nHuman:三\nAssistant:", "input": "四", "output": "五"}
+    records = [{"instruction": "问", "output": "答"}, dialogue]
+    file = tmp_path / "a.json"
+    file.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
+    first, second = conversations(file)
+    assert [message["content"] for message in first] == ["问", "答"]
+    assert [message["content"] for message in second] == ["一", "二", "三\n四", "五"]
+
+
+@pytest.mark.parametrize("history", ["5", "true", '"a"', "{}"])
+def test_a_history_of_another_kind_is_malformed(history: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"instruction": "问", "output": "答", "history": {history}}}\n', encoding="utf-8")
+    if history == "{}":
+        assert len(list(conversations(file))) == 1
+        return
+    with pytest.raises(BadFile, match=r"line 1: .*history"):
+        list(conversations(file))
+
+
+def test_a_line_in_another_encoding_is_skipped_where_that_is_asked(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    good = json.dumps({"instruction": "问", "output": "答"}, ensure_ascii=False)
+    file.write_bytes(good.encode() + b"\n" + good.encode("gb18030") + b"\n" + good.encode() + b"\n")
+    with pytest.raises(BadFile, match="line 2: is not UTF-8"):
+        list(conversations(file))
+    assert len(list(conversations(file, on_bad="skip"))) == 2

@@ -304,3 +304,25 @@ def test_real_instructions_are_texts_too(data: Path) -> None:
         found = list(texts(data / name))
         assert len(found) > 100
         assert all("\n" in text for text in found[:100])
+
+
+def test_what_lies_beside_data_is_passed_over(tmp_path: Path) -> None:
+    for name in ("a.jsonl", ".hidden.jsonl", "dataset_infos.json"):
+        (tmp_path / name).write_text('{"text": "x"}\n', encoding="utf-8")
+    assert [file.name for file in corpus_files(tmp_path)] == ["a.jsonl"]
+
+
+def test_a_string_with_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('["abc \\ud83d"]', encoding="utf-8")
+    with pytest.raises(BadFile, match="half a surrogate"):
+        list(documents(tmp_path / "a.json"))
+
+
+def test_parquet_that_is_no_utf8_is_one_sentence(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.array([b"\xff\xfe"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(BadFile, match="not a readable Parquet"):
+        list(documents(tmp_path / "a.parquet"))

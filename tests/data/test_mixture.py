@@ -114,3 +114,11 @@ def test_a_glob_chooses_files_of_a_directory(tmp_path: Path) -> None:
         BadFile, match=r"a\.jsonl: is a file; files \('\*'\) chooses among those of a directory"
     ):
         Source(tmp_path / "en" / "a.jsonl", files="*").list_files()
+
+
+def test_weights_are_shares_of_the_tokens_however_full_the_blocks_are() -> None:
+    """One source fills its blocks, of the other's only a quarter is there."""
+    found = [Source(Path("full"), 1.0), Source(Path("sparse"), 1.0)]
+    full, sparse = mix(found, [100, 100], 0, tokens=[100 * 64, 100 * 16])
+    assert len(full) * 64 == pytest.approx(len(sparse) * 16, rel=0.02)
+    assert len(full) * 64 + len(sparse) * 16 == pytest.approx(100 * 64 + 100 * 16, rel=0.02)

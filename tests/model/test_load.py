@@ -114,7 +114,7 @@ def test_a_tokenizer_of_another_size_does_not_fit(base: Path, extended: Path, tm
     with pytest.raises(DoesNotFit, match=r"has 420 pieces, .* is a model of \d+; use the tokenizer"):
         check_pair(model, load_tokenizer(base), extended)
     tiny.write_llama(tmp_path / "odd", 421)
-    with pytest.raises(DoesNotFit, match="has 420 pieces, .* is a model of 421"):
+    with pytest.raises(DoesNotFit, match=r"has 420 pieces, .* is a model of 421"):
         check_pair(load_model(tmp_path / "odd"), load_tokenizer(base), tmp_path / "odd")
     tiny.write_llama(tmp_path / "padded", 424)
     check_pair(load_model(tmp_path / "padded"), load_tokenizer(base), tmp_path / "padded")

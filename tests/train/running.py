@@ -33,8 +33,9 @@ def start(arguments: list[str], processes: int = 1, name: str = "pt_lora") -> su
     """Start a recipe in processes of its own."""
     command = [sys.executable]
     if processes > 1:
-        port = str(29_700 + os.getpid() % 200)
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
+        config = shipped("recipes") / "launch" / "cpu_2.yaml"
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+        command += ["--num_processes", str(processes), "--main_process_port", str(29_700 + os.getpid() % 200)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, str(shipped("recipes") / f"{name}.py"), *arguments],

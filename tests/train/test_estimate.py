@@ -198,6 +198,7 @@ CASES: list[dict[str, Any]] = [
     LAYER,
     {**LAYER, "dropout": True},
     {**LAYER, **FLOAT32},
+    {**LAYER, **FLOAT32, "targets": ("o_proj",)},
     {**LAYER, **NF4},
     HEAD,
     {**HEAD, "embeddings": "full"},
@@ -220,6 +221,15 @@ def test_every_part_is_what_is_there(case: dict[str, Any], build: Callable[..., 
         after, peak = run.step()
         assert kept(parts, run) == pytest.approx(after, rel=0.05)
         assert sum(parts.values()) - sum(parts[part] for part in FIXED) == pytest.approx(peak, rel=0.15)
+
+
+def test_a_quantized_weight_is_once_there_in_full(build: Callable[..., Run]) -> None:
+    """With few tokens it is a large share, which is never left out."""
+    pytest.importorskip("bitsandbytes")
+    run = build(**LAYER, **NF4, block=8)
+    parts = told(run)
+    _, peak = run.step()
+    assert peak < sum(parts.values()) - sum(parts[part] for part in FIXED) < 1.3 * peak
 
 
 def test_each_moment_can_be_the_fullest(build: Callable[..., Run]) -> None:

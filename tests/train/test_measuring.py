@@ -121,7 +121,7 @@ def test_a_dry_run_tells_and_runs_a_step(
     told = capsys.readouterr().out
     for wanted in ("lora_A", "embed_tokens", "zh ", "100.0%", "frozen weights", "optimizer", "One step ran"):
         assert wanted in told
-    steps = int(re.search(r"The run: ([\d,]+) steps of 2 x 32", told)[1].replace(",", ""))  # type: ignore[index]
+    steps = int(re.search(r"The run: ([\d,]+) steps of 2 blocks of 32", told)[1].replace(",", ""))  # type: ignore[index]
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.run").exists()
     pretrain(extended, work / "zh.jsonl", tmp_path / "a", "--num_train_epochs", "3")
     manifest = read_manifest(tmp_path / "a")
