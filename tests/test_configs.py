@@ -244,7 +244,8 @@ def script(tmp_path: Path) -> Path:
     lines = [
         "from accelerate import Accelerator",
         "accelerator = Accelerator()",
-        "print(accelerator.num_processes, accelerator.process_index, accelerator.device.type, flush=True)",
+        "told = accelerator.num_processes, accelerator.process_index, accelerator.device.type",
+        "print('%d %d %s\\n' % told, end='', flush=True)  # in one piece: others print too",
         "accelerator.end_training()",
     ]
     (tmp_path / "script.py").write_text("\n".join(lines), encoding="utf-8")

@@ -25,6 +25,9 @@ def build(recipe: Recipe[Any], adapters: list[Adapter], tokenizer: Any, argument
 
     Raises DoesNotFit where tokenizer, base and adapters do not belong together.
     """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # else ZeRO-3 divides the weights before LoRA and rows are put on them
     fields = recipe.fields
     place = Path(fields.model_name_or_path)
     check_length(place, fields.length)

@@ -88,7 +88,8 @@ def _run(recipe: Recipe[Any], job: Job, adapters: list[Adapter], manifest: Manif
     if fields.dry_run:
         dry.run(recipe, trainer, prepared)
         return
-    remember_start(model, directory)
+    if trainer.is_world_process_zero():  # under FSDP2 the others have no weights yet
+        remember_start(model, directory)
     _train(trainer, evaluation, stop, directory, recipe.name)
     manifest.metrics = _metrics(trainer, prepared, model, fields.length)
     save(trainer, recipe, manifest, directory)
