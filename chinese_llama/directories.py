@@ -166,10 +166,11 @@ def sync_tree(directory: Path) -> None:
         for name in names:
             (Path(root) / name).chmod(0o666 & ~mask)
         for name in [*names, "."]:
-            _sync(Path(root) / name)
+            sync(Path(root) / name)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -183,7 +184,7 @@ def _replace(partial: Path, target: Path) -> None:
     if target.exists() or target.is_symlink():
         os.rename(target, old)
     os.rename(partial, target)
-    _sync(target.parent)
+    sync(target.parent)
     if old.is_dir() and not old.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
     else:

@@ -22,7 +22,7 @@ import pyarrow
 from chinese_llama.artifacts import Manifest, write_manifest
 from chinese_llama.data.packing import Array, Blocks, Parts
 from chinese_llama.data.reading import Position
-from chinese_llama.directories import MANIFEST
+from chinese_llama.directories import MANIFEST, sync
 
 COUNTS = ("documents", "held_out", "tokens", "characters", "bytes", "blocks", "learnt_tokens")
 
@@ -84,9 +84,9 @@ class Work:
             left.unlink()
         write_manifest(self.result, manifest)
         for path in (self.result / MANIFEST, self.result):
-            _sync(path)
+            sync(path)
         os.rename(self.result, target)
-        _sync(target.parent)
+        sync(target.parent)
         self.remove()
 
     def add_held_out(self, number: int, texts: Sequence[str]) -> None:
@@ -157,11 +157,3 @@ def _write(path: Path, content: Any) -> None:
 def _to_disk(stream: Any) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
