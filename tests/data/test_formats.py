@@ -110,7 +110,7 @@ def test_several_zst_frames_and_gz_members_are_one_file(tmp_path: Path) -> None:
 def test_a_directory_is_read_in_order_of_name(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     put(tmp_path / "b.txt", "two\n")
-    put(tmp_path / "a.jsonl.gz", gzip.compress(b'{"text": "one"}\n'))
+    put(tmp_path / "a.jsonl.gz", gzip.compress(b'{"text": "one"}\n', mtime=0))
     put(tmp_path / "sub" / "c.txt", "three\n")
     put(tmp_path / "README.md", "not a corpus")
     assert list(documents(tmp_path)) == ["one", "two", "three"]
@@ -133,7 +133,7 @@ BROKEN = [
     ("a.json", "[]", r"a\.json: holds no text"),
     ("a.json", "", r"a\.json.*: is not valid JSON"),
     ("a.csv", "text\none\n", r"a\.csv: unknown format; known are \.txt, \.jsonl, \.json, \.parquet"),
-    ("corpus.gz", gzip.compress(b"one\n"), r"corpus\.gz: unknown format"),
+    ("corpus.gz", gzip.compress(b"one\n", mtime=0), r"corpus\.gz: unknown format"),
     ("a.parquet", b"PAR1 and no more", r"a\.parquet: is not a readable Parquet file"),
     ("a.jsonl.gz", '{"text": "one"}\n', r"a\.jsonl\.gz: cannot be unpacked"),
     ("a.jsonl.zst", '{"text": "one"}\n', r"a\.jsonl\.zst: cannot be unpacked"),
