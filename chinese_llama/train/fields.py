@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ NEUTRAL = (
 
 
 @dataclass
-class Fields:
+class Fields(ABC):
     """Fields of both recipes; `TrainingArguments` has the others.
 
     `embeddings`: which rows of the vocabulary train: those of the new pieces, all, or none; they have a
@@ -109,9 +110,9 @@ class Fields:
     force: bool = False
 
     @property
+    @abstractmethod
     def length(self) -> int:
         """Tokens of a block."""
-        raise NotImplementedError
 
     @property
     def tokenizer(self) -> str:
