@@ -5,16 +5,21 @@ The manifest (`chinese_llama.json`) of a result names its inputs (sha256), its s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import threading
 import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from chinese_llama import __version__
 from chinese_llama.directories import MANIFEST, check_output, write_text
-from chinese_llama.errors import BadFile, OutputExists
+from chinese_llama.errors import BadFile, OutputExists, UserError
 from chinese_llama.progress import track
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -58,12 +63,18 @@ def read_manifest(directory: Path) -> Manifest | None:
         raise BadFile(path, f"is not a manifest of this tool ({error})") from error
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
-    """Hash the identity files of `directory` into `manifest` and write it there."""
-    manifest.files = {
-        path.relative_to(directory).as_posix(): _file_record(path) for path in identity_files(directory)
-    }
-    manifest.sha256 = _digest(manifest.files)
+def write_manifest(
+    directory: Path, manifest: Manifest, known: Mapping[str, dict[str, str]] | None = None
+) -> Manifest:
+    """Hash the identity files of `directory` into `manifest` and write it there. Files whose hashes are
+    `known` by name ({"sha256": ...} or {"xxh3_128": ...}) are not read; without all sha256, the one of the
+    directory is left open, until something is made of it."""
+    manifest.files = {}
+    for path in identity_files(directory):
+        name = path.relative_to(directory).as_posix()
+        manifest.files[name] = _file_record(path, (known or {}).get(name))
+    if all("sha256" in record for record in manifest.files.values()):
+        manifest.sha256 = _digest(manifest.files)
     manifest.created = now()
     write_text(directory / MANIFEST, json.dumps(asdict(manifest), ensure_ascii=False, indent=1) + "\n")
     return manifest
@@ -83,6 +94,7 @@ def identity_files(directory: Path) -> list[Path]:
         return [directory / name for name in [*adapter, "adapter_config.json"] if name in names]
     weights = [name for name in names if name.endswith(".safetensors")]
     weights = weights or [n for n in names if n.startswith("pytorch_model") and n.endswith(".bin")]
+    weights = weights or [n for n in names if n.startswith("consolidated.") and n.endswith(".pth")]
     if weights:
         return [directory / name for name in weights]
     tokenizer = [name for name in names if name.startswith("tokenizer.") or name.endswith(".model")]
@@ -102,6 +114,58 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+LARGE = 64 << 20  # bytes that take a while to hash
+_hashed: dict[str, Future[str]] = {}
+_guard = threading.Lock()
+
+
+def _sha256_once(path: Path) -> str:
+    """`sha256_file`, once for each file as long as it stays as it is; that of a large one is remembered in
+    the user's cache directory."""
+    stat = path.stat()
+    key = f"{path.resolve()} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    with _guard:
+        future, mine = _hashed.get(key), key not in _hashed
+        if future is None:
+            future = _hashed[key] = Future()
+    if mine:
+        try:
+            large = (
+                stat.st_size >= LARGE and time.time() - stat.st_mtime > 2
+            )  # a file that is not just changing
+            future.set_result(_remembered(key, path) if large else sha256_file(path))
+        except BaseException as error:
+            del _hashed[key]
+            future.set_exception(error)
+    return future.result()
+
+
+def _remembered(key: str, path: Path) -> str:
+    """The sha256 of `path`, which `key` describes, from the cache directory; put there if it is not."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chinese_llama" / "sha256"
+    file = cache / hashlib.sha256(key.encode()).hexdigest()
+    with contextlib.suppress(OSError):
+        known = file.read_text()
+        if len(known) == 64:
+            return known
+    digest = sha256_file(path)
+    with contextlib.suppress(OSError, UserError):
+        cache.mkdir(parents=True, exist_ok=True)
+        write_text(file, digest)
+    return digest
+
+
+def hash_ahead(paths: Iterable[Path]) -> None:
+    """Begin to compute what `identity` of these paths will ask for, while other work goes on."""
+
+    def run(path: Path) -> None:
+        with contextlib.suppress(Exception):  # whoever asks for it meets it again
+            identity(path)
+
+    for path in paths:
+        threading.Thread(target=run, args=(path,), daemon=True).start()
+
+
 def identity(path: Path) -> str:
     """sha256 that names a file, or a directory by its identity files (see `identity_files`).
 
@@ -110,7 +174,7 @@ def identity(path: Path) -> str:
     """
     path = Path(path)
     if path.is_file():
-        return sha256_file(path)
+        return _sha256_once(path)
     if not path.is_dir():
         raise BadFile(path, "no such file or directory.")
     manifest = read_manifest(path)
@@ -119,7 +183,11 @@ def identity(path: Path) -> str:
     for file in identity_files(path):
         name = file.relative_to(path).as_posix()
         record, stat = known.get(name), file.stat()
-        if record and (record["bytes"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+        if (
+            record
+            and "sha256" in record
+            and (record["bytes"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
+        ):
             records[name] = record
         else:
             records[name] = _file_record(file)
@@ -131,9 +199,10 @@ def input_record(path: Path) -> dict[str, str]:
     return {"path": str(path), "sha256": identity(path)}
 
 
-def _file_record(path: Path) -> dict[str, Any]:
+def _file_record(path: Path, hashes: dict[str, str] | None = None) -> dict[str, Any]:
     stat = path.stat()
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256_file(path)}
+    hashes = hashes or {"sha256": _sha256_once(path)}
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, **hashes}
 
 
 def _digest(files: dict[str, dict[str, Any]]) -> str:

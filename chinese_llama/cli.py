@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from chinese_llama import __version__, workspace
+from chinese_llama.cli_merge import app as merge_app
 from chinese_llama.cli_vocab import app as vocab_app
 from chinese_llama.commandline import (
     EXAMPLES,
@@ -36,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(vocab_app)
+app.add_typer(merge_app)
 
 
 def _version(value: bool) -> None:
@@ -145,42 +147,6 @@ def extend_model(
     note_if_kept(made)
     typer.echo(
         f"{made}: {manifest.metrics['base_vocab_size']:,} -> {manifest.metrics['rows']:,} rows ({manifest.settings['init']})."
-    )
-
-
-@app.command(
-    epilog=EXAMPLES
-    + "chinese-llama merge --loras plus,alpaca    [dim]# in a workspace[/dim]\n\n"
-    + "chinese-llama merge --base work/extended --loras plus=work/plus,alpaca=work/alpaca --output work/merged"
-)
-def merge(
-    base: Annotated[
-        Path | None,
-        typer.Option(
-            help="The weights that the first adapter was trained on.",
-            show_default="the workspace's extended model",
-        ),
-    ] = None,
-    loras: Annotated[
-        str | None,
-        typer.Option(
-            help="Adapters in order: names, directories, hub ids, or name=directory.",
-            show_default="the workspace's",
-        ),
-    ] = None,
-    output: Output = None,
-    force: Force = False,
-) -> None:
-    """Bake LoRA adapters into base weights; the result is a plain HF model."""
-    from chinese_llama.merging.stage import merged_model
-
-    options = given(base=base, loras=loras, output=output)
-    made, manifest = merged_model(workspace_for("merge", options, "base", "loras", "output"), options, force)
-    note_if_kept(made)
-    metrics = manifest.metrics
-    typer.echo(
-        f"{made}: {' + '.join(manifest.settings['loras'])} merged into {manifest.inputs['base']['path']}; "
-        f"{metrics['changed_tensors']} of {metrics['tensors']} tensors changed, {metrics['rows']:,} rows."
     )
 
 

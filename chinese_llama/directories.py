@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from chinese_llama.errors import OutputExists, UserError
+from chinese_llama.errors import Interrupted, OutputExists, UserError
 
 FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
 MANIFEST = "chinese_llama.json"  # what marks a directory as a result of this tool
@@ -57,8 +57,13 @@ def check_apart(target: Path, inputs: Iterable[Path | str]) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(target: Path, force: bool = False, inputs: Iterable[Path | str] = ()) -> Iterator[Path]:
+def new_directory(
+    target: Path, force: bool = False, inputs: Iterable[Path | str] = (), resume: bool | None = None
+) -> Iterator[Path]:
     """A directory to write into that becomes `target` when the block ends, or vanishes if it fails.
+
+    With `resume`, which tells of work that can be resumed, it stays beside `target` if the work is stopped
+    (KeyboardInterrupt, Interrupted); if true, it begins as what stopped or killed work left there.
 
     Raises OutputExists (see `check_output`), UserError if it would replace one of the `inputs`, and UserError where nothing can be written. A target
     that `force` replaces stays until the new one is complete.
@@ -70,14 +75,16 @@ def new_directory(target: Path, force: bool = False, inputs: Iterable[Path | str
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
         try:
-            _remove_stale(target)
-            partial.mkdir()
+            left = _clear_stale(target, adopt=resume is True)
+            os.rename(left, partial) if left else partial.mkdir()
         except OSError as error:
             raise _unwritable(target, error) from error
         yield partial
         sync_tree(partial)
         _replace(partial, target)
     except BaseException as error:
+        if resume is not None and isinstance(error, (KeyboardInterrupt, Interrupted)):
+            raise
         shutil.rmtree(partial, ignore_errors=True)
         for parent in created:
             with contextlib.suppress(OSError):
@@ -99,6 +106,19 @@ def disk_is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raise UserError if the disk of `target` has less than `needed` bytes free."""
+    place = next(
+        parent for parent in [Path(target).absolute(), *Path(target).absolute().parents] if parent.is_dir()
+    )
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{target}: {needed / 1e9:,.1f} GB are to be written, and the disk has {free / 1e9:,.1f} GB free; free "
+            "some, or give an output on another disk."
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -130,20 +150,27 @@ def _unwritable(target: Path, error: OSError) -> UserError:
     return UserError(f"{target} cannot be written ({error.strerror}); give a writable output.")
 
 
-def _remove_stale(target: Path) -> None:
-    """Remove what killed runs of this tool left beside `target`; put back what one had moved aside."""
+def _clear_stale(target: Path, adopt: bool) -> Path | None:
+    """Remove what killed runs of this tool left beside `target`, and put back what one had moved aside. With
+    `adopt`, the newest unfinished directory among it is returned instead."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(partial|old)")
-    for left in list(target.parent.iterdir()):
+    stale: dict[str, list[Path]] = {"partial": [], "old": []}
+    for left in target.parent.iterdir():
         match = pattern.fullmatch(left.name)
-        if not match or _alive(int(match[1])):
-            continue
-        kind = match[2]
-        if kind == "old" and not target.exists():
-            os.rename(left, target)
-        elif left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
+        if match and not _alive(int(match[1])):
+            stale[match[2]].append(left)
+    for old in stale["old"]:
+        if not target.exists():
+            os.rename(old, target)
+    unfinished = [left for left in stale["partial"] if left.is_dir() and not left.is_symlink()]
+    adopted = max(unfinished, key=lambda left: left.stat().st_mtime_ns) if adopt and unfinished else None
+    for left in [*stale["partial"], *stale["old"]]:
+        if left.is_dir() and not left.is_symlink():
+            if left != adopted:
+                shutil.rmtree(left, ignore_errors=True)
         else:
-            left.unlink()
+            left.unlink(missing_ok=True)
+    return adopted
 
 
 def _alive(pid: int) -> bool:

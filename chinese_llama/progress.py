@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -14,7 +14,7 @@ PATIENCE = 2.0  # seconds
 
 def track(
     items: Iterable[T], what: str, total: int | None = None, unit: str = "it", scale: bool = False
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yield `items`, showing a bar named `what` on a terminal once it has taken `PATIENCE` seconds."""
     from tqdm import tqdm
 

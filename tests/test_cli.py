@@ -46,9 +46,7 @@ def test_help_imports_no_model_library() -> None:
 
 
 def test_every_command_is_there() -> None:
-    wanted = (
-        "init train-vocab extend-vocab audit-vocab extend-model prepare merge eval generate chat quickstart"
-    )
+    wanted = "init train-vocab extend-vocab audit-vocab extend-model prepare merge convert eval generate chat quickstart"
     assert set(COMMANDS) == set(wanted.split())
 
 

@@ -20,15 +20,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "directories", "hub"),
     ("artifacts",),
     ("workspace",),
-    ("data", "merging.plan", "merging.delta"),
-    ("vocab",),
+    ("data", "merging.registry", "merging.delta"),
+    ("vocab", "merging.adapter"),
+    ("merging.lineage",),
+    ("merging.plan",),
     ("model",),
-    ("stages",),
+    ("stages", "convert"),
     ("merging", "evaluate"),
     ("train",),  # it measures while it trains, and merges what lies below a quantised base
     ("quickstart", "recipes"),
     ("commandline",),
-    ("cli_vocab",),
+    ("cli_vocab", "cli_merge"),
     ("cli",),
     ("__main__",),
 )
@@ -43,6 +45,9 @@ LIGHT = (
     "hub",
     "resources",
     "progress",
+    "merging.registry",
+    "merging.adapter",
+    "merging.lineage",
     "merging.plan",
 )
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from chinese_llama.config import load_yaml
 from chinese_llama.resources import PACKAGE, shipped
 
 
@@ -13,15 +12,6 @@ from chinese_llama.resources import PACKAGE, shipped
 )
 def test_shipped_folders_are_there(name: str, file: str) -> None:
     assert (shipped(name) / file).is_file()
-
-
-def test_the_registry_names_a_hub_place_for_each_adapter() -> None:
-    from chinese_llama.hub import HUB_ID
-
-    registry = load_yaml(shipped("merge") / "adapters.yaml")
-    assert registry
-    for name, entry in registry.items():
-        assert HUB_ID.fullmatch(entry["hub"]), name
 
 
 def test_the_quickstart_texts_are_there() -> None:

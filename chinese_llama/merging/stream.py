@@ -1,115 +1,185 @@
-"""The stage `merge`: base weights and adapters in, plain Hugging Face weights out, tensor by tensor."""
+"""The stage `merge`: base weights and adapters in, a plain model out, block by block."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
-from chinese_llama.artifacts import Manifest, identity, input_record, read_manifest, stands, write_manifest
-from chinese_llama.data.templates import stop_ids
-from chinese_llama.directories import new_directory, write_text
-from chinese_llama.errors import DoesNotFit, UserError
-from chinese_llama.merging.plan import Adapter, check_lineage
-from chinese_llama.model.adapters import merged_changes, read_tensors
-from chinese_llama.model.load import load_tokenizer
-from chinese_llama.model.resize import copy_other_files, copy_tokenizer
-from chinese_llama.model.shards import EMBED, Change, Weights, read_json, rewrite
-from chinese_llama.vocab.readers import open_readers
+from chinese_llama.artifacts import (
+    Manifest,
+    hash_ahead,
+    identity_files,
+    input_record,
+    read_manifest,
+    stands,
+    write_manifest,
+)
+from chinese_llama.convert.convert import layout_of
+from chinese_llama.convert.meta import MetaWeights, open_model
+from chinese_llama.convert.write import save_meta
+from chinese_llama.directories import check_output, check_space, new_directory, write_text
+from chinese_llama.errors import Interrupted
+from chinese_llama.merging.belongings import card, check_tokenizer, tokenizer_of, write_belongings
+from chinese_llama.merging.fit import check_fit
+from chinese_llama.merging.journal import Journal
+from chinese_llama.merging.merged import Loaded, Merged
+from chinese_llama.merging.plan import Adapter, Step, check_base, check_lineage
+from chinese_llama.merging.verify import probe, told, verify
+from chinese_llama.model.adapters import read_tensors
+from chinese_llama.model.resize import copy_tokenizer
+from chinese_llama.model.shards import Changed, Hashes, save_shards
+from chinese_llama.model.tensors import nbytes
+from chinese_llama.progress import say
+
+
+@dataclass
+class Options:
+    """How a merge is done. `dtype`: of the result (None: the base's); `format`: hf or meta; `workers`: threads
+    that compute (0: one for each processor); `verify`: re-read the result and compare its logits; `resume`: go on
+    with what a broken merge left; `force`: replace an output, and merge in spite of the lineage."""
+
+    dtype: str | None = None
+    format: str = "hf"
+    workers: int = 0
+    verify: bool = True
+    resume: bool = False
+    force: bool = False
+
+
+class Work:
+    """A merge that fits: its base, its adapters, the model that it makes and the tokenizer that belongs to it.
+
+    Raises DoesNotFit or BadFile where something does not belong together. With `force`, `forced` are the
+    sentences about the lineage that are overruled.
+    """
+
+    def __init__(self, base: Path, steps: Sequence[Step], options: Options) -> None:
+        self.base, self.steps, self.options = base, steps, options
+        check_base(base)
+        self.forced = check_lineage(base, steps, options.force)
+        self.source = open_model(base)
+        self.loaded = load_steps(steps)
+        self.rows = check_fit(self.source, base, self.loaded)
+        self.merged = Merged(self.source, self.loaded)
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        self.changes = self.merged.changes(self.rows, dtype)
+        self.model = Changed(self.source, self.changes)
+        own = self.source.tokenizer if isinstance(self.source, MetaWeights) else None
+        self.tokenizer = tokenizer_of(base, [a for step in steps for a in step.adapters]) or own
+        self.vocab_size = (
+            check_tokenizer(self.tokenizer, self.rows, "the merged model") if self.tokenizer else None
+        )
+        self.bytes = sum(nbytes(*self.model.meta(name)) for name in self.model)
+
+    def write(self, directory: Path, journal: Journal) -> Hashes:
+        """Write everything but card and manifest; return the hashes of the weights."""
+        if self.options.format == "meta":
+            if self.tokenizer:
+                copy_tokenizer(self.tokenizer, directory)
+            like = layout_of(self.base, self.source)
+            return save_meta(
+                self.model, directory, None, self.options.workers, like, "merging", xxhash.xxh3_128
+            )
+        write_belongings(self.base, self.source, self.tokenizer, self.rows, self.options.dtype, directory)
+        return save_shards(
+            self.model,
+            directory,
+            "merging",
+            self.options.workers,
+            xxhash.xxh3_128,
+            journal.files,
+            journal.note,
+        )
+
+    def verified(self, directory: Path) -> dict[str, Any]:
+        """Figures of what was written (see `verify`)."""
+        ids = probe(directory, self.rows)
+        return verify(open_model(directory), self.merged, self.model, ids, self.options.workers)
 
 
 def merge(
-    base: Path, adapters: list[Adapter], output: Path, force: bool = False, keep: bool = False
+    base: Path, steps: Sequence[Step], output: Path, options: Options | None = None, keep: bool = False
 ) -> Manifest:
-    """Write `base` with `adapters` baked in, in their order, to `output`; return its manifest.
+    """Write `base` with the adapters of `steps` baked in, in their order, to `output`; return its manifest.
 
-    W + sum of scale * B @ A in float32, rounded once to the dtype of the base; vocabulary rows from
-    the last adapter that has them; the tokenizer of the last adapter that brings one. Raises
-    DoesNotFit where something does not belong together.
+    W + sum of weight * scale * B @ A in float32, rounded once; vocabulary rows from the last adapter that has
+    them; the tokenizer of the last adapter that brings one. Raises DoesNotFit where something does not belong
+    together, Interrupted if it is stopped.
     """
-    source = Weights(base)
-    manifest = Manifest(
-        "model",
-        "merge",
-        inputs={
-            "base": input_record(base),
-            **{
-                f"adapter:{i}": {"path": str(adapter.path), "sha256": identity(adapter.path)}
-                for i, adapter in enumerate(adapters)
-            },
-        },
-        settings={"loras": [adapter.name for adapter in adapters]},
-    )
-    if keep and stands(output, manifest, force):
-        return read_manifest(output) or manifest
-    check_lineage(base, adapters)
-    pairs = [(adapter, read_tensors(adapter)) for adapter in adapters]
-    changes = merged_changes(source, pairs)
-    rows = changes[EMBED].shape[0] if EMBED in changes else source.meta(EMBED)[0][0]
-    tokenizer = next((a.tokenizer for a in reversed(adapters) if a.tokenizer), base)
-    manifest.vocab_size = _vocabulary(tokenizer, rows)
-    manifest.metrics = {"rows": rows, "changed_tensors": len(changes), "tensors": len(list(source))}
-    base_manifest = read_manifest(base)
-    if base_manifest and "base_vocab_size" in base_manifest.metrics:
-        manifest.metrics["base_vocab_size"] = base_manifest.metrics["base_vocab_size"]
-    with new_directory(output, force, manifest.places()) as partial:
-        copy_other_files(base, partial)
-        copy_tokenizer(tokenizer, partial)
-        config = {**source.config(), "vocab_size": rows}
-        write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-        _write_ends(partial)
-        rewrite(source, partial, {name: _checked(name, c) for name, c in changes.items()}, "merging")
-        write_text(partial / "README.md", _card(base, adapters))
-        write_manifest(partial, manifest)
+    options = options or Options()
+    adapters = [adapter for step in steps for adapter in step.adapters]
+    places = {"base": base, **{f"adapter:{i}": adapter.path for i, adapter in enumerate(adapters)}}
+    manifest = Manifest("model", "merge", settings=_settings(base, steps, options))
+    if keep:
+        manifest.inputs = {role: input_record(place) for role, place in places.items()}
+        if stands(output, manifest, options.force):
+            return read_manifest(output) or manifest
+    check_output(output, options.force)
+    hash_ahead(places.values())
+    work = Work(base, steps, options)
+    for sentence in work.forced:
+        say(f"Merged all the same (--force): {sentence}")
+    manifest.vocab_size, manifest.metrics = work.vocab_size, _metrics(work)
+    check_space(output, work.bytes)
+    try:
+        with new_directory(output, options.force, places.values(), resume=options.resume) as partial:
+            journal = Journal(partial, _fingerprint(places, manifest.settings))
+            check_space(output, work.bytes - journal.bytes())
+            hashes = work.write(partial, journal)
+            journal.remove()
+            if options.verify:
+                manifest.metrics["verified"] = work.verified(partial)
+            write_text(partial / "README.md", card(base, steps, told(manifest.metrics.get("verified"))))
+            manifest.inputs = {role: input_record(place) for role, place in places.items()}
+            write_manifest(partial, manifest, hashes)
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            "Stopped; what is finished is kept beside the output, and the same command with --resume goes on from it."
+        ) from error
     return manifest
 
 
-def _write_ends(directory: Path) -> None:
-    """Tell other programs (generation_config.json) which tokens end an answer of a model with a template."""
-    template = directory / "chat_template.jinja"
-    if not template.is_file():
-        return
-    tokenizer = load_tokenizer(directory)
-    ends = stop_ids(tokenizer, template.read_text(encoding="utf-8"))
-    file = directory / "generation_config.json"
-    settings = read_json(file) if file.is_file() else {"bos_token_id": tokenizer.bos_token_id}
-    settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    write_text(file, json.dumps(settings, indent=2) + "\n")
+def load_steps(steps: Sequence[Step]) -> list[Loaded]:
+    """The steps with the tensors of their adapters. Raises BadFile."""
+    return [Loaded(step, [read_tensors(adapter) for adapter in step.adapters]) for step in steps]
 
 
-def _vocabulary(tokenizer: Path, rows: int) -> int | None:
-    """Pieces of the merged model's tokenizer. Raises DoesNotFit if the rows do not reach."""
-    if not any((tokenizer / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-        return None
-    pieces = len(open_readers(tokenizer)[0].pieces)
-    if pieces > rows:
-        raise DoesNotFit(
-            f"The tokenizer in {tokenizer} has {pieces:,} pieces, the merged model {rows:,} rows."
-        )
-    return pieces
-
-
-def _checked(name: str, change: Change) -> Change:
-    """`change`, refusing values that its dtype cannot hold."""
-
-    def make() -> torch.Tensor:
-        merged = change.make()
-        if not torch.isfinite(merged).all():
-            raise UserError(
-                f"{name} overflows {change.dtype} when merged; the base or an adapter is damaged."
-            )
-        return merged
-
-    return Change(change.shape, change.dtype, make)
-
-
-def _card(base: Path, adapters: list[Adapter]) -> str:
-    lines: list[Any] = [f"# {base.name} + {' + '.join(a.name for a in adapters)}", ""]
-    lines += ["Merged by `chinese-llama merge` from, in this order:", "", f"- base `{base}`"]
-    lines += [
-        f"- adapter `{a.name}` (r={a.config.get('r')}, lora_alpha={a.config.get('lora_alpha')})"
-        for a in adapters
+def _settings(base: Path, steps: Sequence[Step], options: Options) -> dict[str, Any]:
+    adapters = [adapter for step in steps for adapter in step.adapters]
+    settings: dict[str, Any] = {"loras": [_name(adapter) for adapter in adapters]}
+    settings["weights"] = [adapter.weight for adapter in adapters]
+    settings["combined"] = [
+        {"method": s.method, "density": s.density, "seed": s.seed, "loras": [_name(a) for a in s.adapters]}
+        for s in steps
+        if len(s.adapters) > 1
     ]
-    return "\n".join([*lines, "", "Hashes: `chinese_llama.json`.", ""])
+    settings |= {"dtype": options.dtype, "format": options.format}
+    below = read_manifest(base)
+    if below and "meta" in below.settings:  # what Meta's files were like, for the way back
+        settings["meta"] = below.settings["meta"]
+    return settings
+
+
+def _name(adapter: Adapter) -> str:
+    """What the lineage knows an adapter by."""
+    return adapter.published.name if adapter.published else adapter.name
+
+
+def _metrics(work: Work) -> dict[str, Any]:
+    metrics = {"rows": work.rows, "changed_tensors": len(work.changes), "tensors": len(list(work.source))}
+    below = read_manifest(work.base)
+    if below and "base_vocab_size" in below.metrics:
+        metrics["base_vocab_size"] = below.metrics["base_vocab_size"]
+    return metrics | ({"forced": work.forced} if work.forced else {})
+
+
+def _fingerprint(places: dict[str, Path], settings: dict[str, Any]) -> list[Any]:
+    """What a broken merge must have in common with the one that goes on with it."""
+    files = [file for place in places.values() for file in identity_files(place)]
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [settings, stats]

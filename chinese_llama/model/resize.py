@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from chinese_llama.artifacts import Keep, Manifest, input_record, read_manifest,
 from chinese_llama.directories import MANIFEST, new_directory, write_text
 from chinese_llama.errors import DoesNotFit, UserError
 from chinese_llama.model.initialise import METHODS, Side, new_rows
-from chinese_llama.model.shards import EMBED, HEAD, Change, Weights, read_json, rewrite
+from chinese_llama.model.shards import EMBED, HEAD, Change, Changed, Weights, read_json, save_shards
 from chinese_llama.vocab.bases import before_extension
 from chinese_llama.vocab.fast import FILES as TOKENIZER_FILES
 from chinese_llama.vocab.fast import write_tokenizer
@@ -66,19 +67,19 @@ def extend_model(
         return read_manifest(output) or manifest
     parts = decompose(tokenizer, reader, old_size, rows)
     changes = {
-        name: _grown(source, name, old_size, DEFAULT if init == DISTILL else init, parts)
+        name: _initialised(source, name, old_size, DEFAULT if init == DISTILL else init, parts)
         for name in (EMBED, HEAD)
         if name in source
     }
     if init == DISTILL:
-        manifest.metrics |= _distilled(changes, base, tokenizer, corpus, old_size, parts)
+        manifest.metrics |= _distilled(source, changes, tokenizer, corpus, old_size, parts)
     with new_directory(output, force, manifest.places()) as partial:
         copy_other_files(base, partial)
         copy_tokenizer(tokenizer, partial)
         config = {**source.config(), "vocab_size": rows}
         write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-        rewrite(source, partial, changes, "extending")
-        write_manifest(partial, manifest)
+        known = save_shards(Changed(source, changes), partial, "extending")
+        write_manifest(partial, manifest, known)
     return manifest
 
 
@@ -144,20 +145,36 @@ def decompose(tokenizer: Path, reader: Reader, old_size: int, rows: int) -> list
     return parts
 
 
-def _grown(source: Weights, name: str, old_size: int, init: str, parts: list[list[int]]) -> Change:
-    (_, hidden), dtype = source.meta(name)
+def _initialised(source: Weights, name: str, old_size: int, init: str, parts: list[list[int]]) -> Change:
     side: Side = "tied" if HEAD not in source else "output" if name == HEAD else "input"
 
     def make() -> torch.Tensor:
-        old = source.load(name)[:old_size]
-        return torch.cat([old, new_rows(init, old, parts, side).to(dtype)])
+        return new_rows(init, source.load(name)[:old_size], parts, side)
 
-    return Change((old_size + len(parts), hidden), dtype, make)
+    return _grown(source, name, old_size, len(parts), make)
+
+
+def _grown(source: Weights, name: str, old_size: int, count: int, make: Callable[[], torch.Tensor]) -> Change:
+    """The first `old_size` rows as they are, and below them the `count` that `make` gives (once)."""
+    (_, hidden), dtype = source.meta(name)
+    kept: list[torch.Tensor] = []
+    lock = threading.Lock()
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        old = source.rows(name, start, min(stop, old_size))
+        if stop <= old_size:
+            return old
+        with lock:
+            if not kept:
+                kept.append(make().to(dtype))
+        return torch.cat([old, kept[0][max(start - old_size, 0) : stop - old_size]])
+
+    return Change((old_size + count, hidden), dtype, rows)
 
 
 def _distilled(
+    source: Weights,
     changes: dict[str, Change],
-    base: Path,
     tokenizer: Path,
     corpus: Sequence[Path],
     old_size: int,
@@ -166,10 +183,9 @@ def _distilled(
     """Replace the new input rows of `changes` by distilled ones; return figures for the manifest."""
     from chinese_llama.model.distill import distill
 
-    start = changes[EMBED].make()
-    rows, figures = distill(base, tokenizer, corpus, start[old_size:].float(), parts, old_size)
-    start[old_size:] = rows.to(start.dtype)
-    changes[EMBED] = Change(tuple(start.shape), start.dtype, lambda: start)
+    start = changes[EMBED].rows(old_size, old_size + len(parts)).float()
+    rows, figures = distill(source.directory, tokenizer, corpus, start, parts, old_size)
+    changes[EMBED] = _grown(source, EMBED, old_size, len(parts), lambda: rows)
     return figures
 
 

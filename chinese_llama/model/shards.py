@@ -1,46 +1,72 @@
-"""A model directory read tensor by tensor, and written again with some tensors replaced.
+"""Models as tensors by name, read by rows: a directory, and anything that is made from one.
 
-Memory is a few tensors, whatever the model's size. Safetensors is the one format that is written;
-old `pytorch_model*.bin` files are read with `weights_only=True`, so no pickle is executed.
+Whatever is such a `Model` is written as safetensors by `save_shards`, block by block: memory is a few
+blocks, whatever the size of the model or of its largest tensor.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import functools
+import hashlib
+import itertools
 import json
-import shutil
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from chinese_llama.directories import write_text
 from chinese_llama.errors import BadFile
+from chinese_llama.model.tensors import Meta, SafetensorsWriter, TensorFile, nbytes, open_tensors, raw
 from chinese_llama.progress import track
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+BLOCK = 1 << 18  # numbers in a block: half a MB in half precision, which stays in the processor's cache
+T = TypeVar("T")
+R = TypeVar("R")
+Block = tuple[str, int, int]  # name, first row, row behind the last
+
+
+class Named(Protocol):
+    """Tensors by their Hugging Face names. `rows` and `load` may be called from several threads."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def meta(self, name: str) -> Meta:
+        """(shape, dtype) of a tensor."""
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor of one dimension or more, on the CPU."""
+
+    def load(self, name: str) -> torch.Tensor:
+        """A tensor on the CPU."""
+
+
+class Model(Named, Protocol):
+    """The tensors of a model that can be written."""
+
+    def config(self) -> dict[str, Any]:
+        """What config.json holds."""
+
+    def parts(self) -> list[list[str]]:
+        """The names, as they are divided over files."""
 
 
 @dataclass
 class Change:
-    """A tensor to write instead of (or beside) the one in the source."""
+    """A tensor to write instead of (or beside) the one in the source; `rows(start, stop)` makes it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
+    rows: Callable[[int, int], torch.Tensor]
 
 
 class Weights:
@@ -53,11 +79,10 @@ class Weights:
         self.directory = Path(directory)
         if not (self.directory / "config.json").is_file():
             raise BadFile(self.directory, "is not a model directory (no config.json).")
-        self.shards: dict[Path, list[str]] = {}
-        self._open: tuple[Path, Any] | None = None
-        for file in self._files():
-            self.shards[file] = list(self._reader(file).keys())
-        self._file_of = {name: file for file, names in self.shards.items() for name in names}
+        self.shards = {file: open_tensors(file) for file in self._files()}
+        self._file_of: dict[str, TensorFile] = {}
+        for opened in self.shards.values():
+            self._file_of.update(dict.fromkeys(opened.keys(), opened))
         self._check_index()
 
     def _index(self) -> Path | None:
@@ -85,86 +110,61 @@ class Weights:
     def _check_index(self) -> None:
         index = self._index()
         for name, shard in (_weight_map(index) if index else {}).items():
-            if self._file_of.get(name) != self.directory / shard:
+            if name not in self._file_of or self._file_of[name].file != self.directory / shard:
                 raise BadFile(self.directory / shard, f"lacks the tensor {name} that the index promises.")
 
-    def _reader(self, file: Path) -> Any:
-        if self._open is None or self._open[0] != file:
-            try:
-                self._open = (file, _Safetensors(file) if file.suffix == ".safetensors" else _Bin(file))
-            except Exception as error:  # safetensors, zip and pickle errors have no common base
-                raise BadFile(file, f"is damaged or not a weights file ({error}).") from error
-        return self._open[1]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
-    def meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """(shape, dtype) of a tensor."""
-        file = self._file_of[name]
-        try:
-            return self._reader(file).meta(name)
-        except SafetensorError as error:
-            raise BadFile(file, f"cannot be used ({error}).") from error
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def meta(self, name: str) -> Meta:
+        return self._file_of[name].meta(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._file_of[name].rows(name, start, stop)
 
     def load(self, name: str) -> torch.Tensor:
-        """The tensor, as it is stored, on the CPU."""
-        return self._reader(self._file_of[name]).load(name)
+        return self._file_of[name].load(name)
 
     def config(self) -> dict[str, Any]:
         return read_json(self.directory / "config.json")
 
-
-class _Safetensors:
-    """Tensors read one by one. The library checks the header; the bytes are read, not mapped, so that
-    pages of a shard do not stay in memory."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        with safe_open(str(file), framework="pt", device="cpu") as checked:
-            self.names = sorted(checked.keys(), key=checked.offset_keys().index)
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            self.header = json.loads(stream.read(length))
-        self.start = 8 + length
-
-    def keys(self) -> list[str]:
-        return self.names
-
-    def meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        entry = self.header[name]
-        dtypes = {code: dtype for dtype, code in DTYPES.items()}
-        if entry["dtype"] not in dtypes:
-            raise SafetensorError(f"{name} has the unsupported type {entry['dtype']}")
-        return tuple(entry["shape"]), dtypes[entry["dtype"]]
-
-    def load(self, name: str) -> torch.Tensor:
-        shape, dtype = self.meta(name)
-        tensor = torch.empty(shape, dtype=dtype)
-        if tensor.numel():
-            with open(self.file, "rb") as stream:
-                stream.seek(self.start + self.header[name]["data_offsets"][0])
-                stream.readinto(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-        return tensor
+    def parts(self) -> list[list[str]]:
+        return [opened.keys() for opened in self.shards.values()]
 
 
-class _Bin:
-    def __init__(self, file: Path) -> None:
-        self.tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(self.tensors, dict) or not all(map(torch.is_tensor, self.tensors.values())):
-            raise ValueError("it does not hold tensors by name")
+class Changed:
+    """`source` with `changes` by name. What it has and the source lacks goes into the last file."""
 
-    def keys(self) -> list[str]:
-        return list(self.tensors)
+    def __init__(self, source: Model, changes: Mapping[str, Change]) -> None:
+        self.source, self.changes = source, changes
 
-    def meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        return tuple(self.tensors[name].shape), self.tensors[name].dtype
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for part in self.parts() for name in part])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.changes or name in self.source
+
+    def meta(self, name: str) -> Meta:
+        change = self.changes.get(name)
+        return (change.shape, change.dtype) if change else self.source.meta(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        change = self.changes.get(name)
+        return change.rows(start, stop) if change else self.source.rows(name, start, stop)
 
     def load(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+        return self.rows(name, 0, self.meta(name)[0][0]) if name in self.changes else self.source.load(name)
+
+    def config(self) -> dict[str, Any]:
+        return self.source.config()
+
+    def parts(self) -> list[list[str]]:
+        found = [list(part) for part in self.source.parts()]
+        found[-1] += [name for name in self.changes if name not in self.source]
+        return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -187,82 +187,103 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def rewrite(source: Weights, output: Path, changes: Mapping[str, Change], what: str) -> None:
-    """Write the weights of `source` into `output`, the tensors named in `changes` replaced.
-
-    Shards stay as they are divided; those without a changed tensor are copied as files. A change
-    whose name the source lacks goes into the last shard.
-    """
-    extra = [name for name in changes if name not in source]
-    last = list(source.shards)[-1]
-    names = {file: found + (extra if file == last else []) for file, found in source.shards.items()}
-    targets = _target_names(list(source.shards))
-    bar = iter(track(range(sum(map(len, names.values()))), what, sum(map(len, names.values())), "tensors"))
-    total, weight_map = 0, {}
-    for file, tensors in names.items():
-        target = output / targets[file]
-        weight_map.update(dict.fromkeys(tensors, target.name))
-        specs = {n: _spec(changes[n]) if n in changes else source.meta(n) for n in tensors}
-        total += sum(_nbytes(*spec) for spec in specs.values())
-        if file.suffix == ".safetensors" and not any(name in changes for name in tensors):
-            shutil.copyfile(file, target)
-            for _ in tensors:
-                next(bar)
-            continue
-        with SafetensorsWriter(target, specs) as writer:
-            for name in tensors:
-                next(bar)
-                writer.write(name, changes[name].make() if name in changes else source.load(name))
-    next(bar, None)
-    if len(names) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_text(output / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+def blocks(model: Named, names: Iterable[str], size: int = BLOCK) -> Iterator[Block]:
+    """The tensors `names` in blocks of about `size` numbers, whole rows, in order."""
+    for name in names:
+        shape = model.meta(name)[0]
+        count = shape[0] if shape else 1
+        step = max(1, size // max(1, torch.Size(shape[1:]).numel()))
+        for start in range(0, count, step):
+            yield name, start, min(start + step, count)
 
 
-def _spec(change: Change) -> tuple[tuple[int, ...], torch.dtype]:
-    return change.shape, change.dtype
+class Workers:
+    """Threads that compute, each with one processor; as many as there are processors if `count` is 0."""
 
+    def __init__(self, count: int) -> None:
+        self.count = count or cores()
 
-def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize
-
-
-def _target_names(files: list[Path]) -> dict[Path, str]:
-    if len(files) == 1:
-        return {files[0]: "model.safetensors"}
-    return {file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files, 1)}
-
-
-class SafetensorsWriter:
-    """Writes one .safetensors file tensor by tensor, in the order of `specs`.
-
-    Format: 8 bytes little-endian header length, JSON header, raw little-endian data
-    (https://huggingface.co/docs/safetensors).
-    """
-
-    def __init__(self, path: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        self.specs, self.path = specs, path
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, (shape, dtype) in specs.items():
-            end = offset + _nbytes(shape, dtype)
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # data starts aligned
-        self._head = len(text).to_bytes(8, "little") + text
-
-    def __enter__(self) -> SafetensorsWriter:
-        self._stream = open(self.path, "wb")
-        self._stream.write(self._head)
+    def __enter__(self) -> Workers:
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)  # it was set for the whole process
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the bytes of the next tensor. Raises ValueError if it is not as announced."""
-        shape, dtype = self.specs[name]
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype}, announced {shape} {dtype}")
-        self._stream.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """`function` of each item, in order; the next few are under way."""
+        under_way: collections.deque[Future[R]] = collections.deque()
+        for item in items:
+            under_way.append(self._pool.submit(function, item))
+            if len(under_way) > self.count + 1:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def block_of(model: Named, block: Block) -> torch.Tensor:
+    """The numbers of a block, contiguous."""
+    name, start, stop = block
+    return (model.rows(name, start, stop) if model.meta(name)[0] else model.load(name)).contiguous()
+
+
+def made(model: Named, todo: Sequence[Block], workers: int) -> Iterator[tuple[Block, torch.Tensor]]:
+    """The blocks `todo`, made by `workers` threads, in order."""
+    with Workers(workers) as pool:
+        yield from zip(todo, pool.each(functools.partial(block_of, model), todo), strict=True)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+Hashes = dict[str, dict[str, str]]  # of files, by name: {"sha256": ...} or {"xxh3_128": ...}
+
+
+def save_shards(
+    model: Model,
+    output: Path,
+    what: str,
+    workers: int = 0,
+    hashed: Callable[[], Any] = hashlib.sha256,
+    done: Hashes | None = None,
+    finished: Callable[[Hashes], None] = lambda _: None,
+) -> Hashes:
+    """Write `model` into `output` as safetensors, divided as `parts` says, with an index; return the hash
+    of each file.
+
+    `workers` threads make blocks (0: one for each processor). Files in `done` are there already;
+    `finished` is told what is there after every file.
+    """
+    parts = model.parts()
+    known = dict(done or {})
+    files = [shard_name(number, len(parts)) for number in range(1, len(parts) + 1)]
+    todo = {
+        file: (names, list(blocks(model, names)))
+        for file, names in zip(files, parts, strict=True)
+        if file not in known
+    }
+    every = [block for _, found in todo.values() for block in found]
+    stream = track(made(model, every, workers), what, len(every), "blocks")
+    with contextlib.closing(stream):
+        for file, (names, found) in todo.items():
+            specs = {name: model.meta(name) for name in names}
+            with SafetensorsWriter(output / file, specs, hashed()) as writer:
+                for _, tensor in itertools.islice(stream, len(found)):
+                    writer.write(raw(tensor))
+            known[file] = {writer.digest.name.lower(): writer.digest.hexdigest()}
+            finished(known)
+    if len(parts) > 1:
+        weight_map = {name: file for file, names in zip(files, parts, strict=True) for name in names}
+        size = sum(nbytes(*model.meta(name)) for name in weight_map)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_text(output / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    return known
+
+
+def shard_name(number: int, count: int) -> str:
+    """The name of file `number` (from 1) of `count`."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from chinese_llama.errors import DoesNotFit
-from chinese_llama.merging.plan import Adapter, check_lineage, load
-from chinese_llama.merging.stream import merge
-from chinese_llama.model.adapters import Tensors, bake, merged_changes, read_tensors, whole_rows
+from chinese_llama.merging.fit import check_fit
+from chinese_llama.merging.merged import bake
+from chinese_llama.merging.plan import Adapter, Step, check_lineage, load
+from chinese_llama.merging.stream import Options, load_steps, merge
+from chinese_llama.model.adapters import whole_rows
 from chinese_llama.model.load import check_pair, check_tokenizer, first_new_id, load_model
 from chinese_llama.model.lora import add_lora, continue_lora, lora_config
-from chinese_llama.model.shards import EMBED, Weights
+from chinese_llama.model.shards import Weights
 from chinese_llama.progress import say
 from chinese_llama.train.fields import Fields, Recipe
 
@@ -101,11 +102,9 @@ def check_length(place: Path, length: int) -> None:
 
 
 def _bake(model: Any, place: Path, adapters: list[Adapter]) -> None:
-    pairs: Sequence[tuple[Adapter, Tensors]] = [(adapter, read_tensors(adapter)) for adapter in adapters]
-    changes = merged_changes(Weights(place), pairs)
-    if EMBED in changes:
-        _grow(model, changes[EMBED].shape[0])
-    bake(model, pairs)
+    loaded = load_steps([Step([adapter]) for adapter in adapters])
+    _grow(model, check_fit(Weights(place), place, loaded))
+    bake(model, loaded)
 
 
 def _grow(model: Any, rows: int | None) -> None:
@@ -118,5 +117,5 @@ def _merged(place: Path, adapters: list[Adapter], arguments: Any) -> Path:
     """`place` with `adapters` baked in, as a directory: a quantised weight takes no delta."""
     target = Path(arguments.output_dir) / "base"
     with arguments.main_process_first(desc="merging"):
-        merge(place, adapters, target, keep=True)
+        merge(place, [Step([adapter]) for adapter in adapters], target, Options(verify=False), keep=True)
     return target

@@ -1,53 +1,42 @@
-"""Which adapters a list means, and whether they belong together, before a tensor is read."""
+"""What is to be merged, from --loras and --weights or from a plan file, before a tensor is read."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from chinese_llama.artifacts import Manifest, identity, input_record, write_manifest
-from chinese_llama.config import load_yaml
-from chinese_llama.errors import BadFile, DoesNotFit, UserError
-from chinese_llama.merging.plan import Adapter, check_lineage, load, parse_list, resolve
-from chinese_llama.resources import shipped
+from chinese_llama.errors import BadFile, UserError
+from chinese_llama.merging.plan import (
+    METHODS,
+    Plan,
+    find_plan,
+    parse_list,
+    parse_weights,
+    plan_of,
+    read_plan,
+    shipped_plans,
+)
 from chinese_llama.workspace import Workspace
-
-
-def make(place: Path, base: Path | None = None, below: list[Path] | None = None, tag: float = 0.0) -> Path:
-    """An adapter directory; with `base`, as the recipes write its manifest."""
-    place.mkdir(parents=True)
-    (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "name": place.name}))
-    save_file({"x": torch.full((1,), tag)}, place / "adapter_model.safetensors")
-    if base is not None:
-        inputs = {"base": input_record(base), "tokenizer": {"path": "t", "sha256": ""}}
-        inputs |= {f"parent:{i}": input_record(path) for i, path in enumerate(below or [])}
-        write_manifest(place, Manifest("adapter", "pt_lora", inputs))
-    return place
-
-
-def loaded(*places: Path) -> list[Adapter]:
-    return [load(place.name, place) for place in places]
+from tests.merging.making import make
 
 
 @pytest.fixture
-def chain(base: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
-    """Three adapters, each trained on top of those before it."""
-    plus = make(tmp_path / "plus", base)
-    alpaca = make(tmp_path / "alpaca", base, [plus])
-    return plus, alpaca, make(tmp_path / "pro", base, [plus, alpaca])
+def folder(tmp_path: Path) -> Path:
+    """A folder with the adapters a, b, c."""
+    for tag, name in enumerate("abc"):
+        make(tmp_path / "plans" / name, tag=tag)
+    return tmp_path / "plans"
 
 
-@pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    file = tmp_path / "space" / "chinese-llama.yaml"
-    file.parent.mkdir()
-    return Workspace(file, {"base": "base", "adapters": {"mine": "./elsewhere/mine"}})
+def plan(folder: Path, text: str, workspace: Workspace | None = None) -> Plan:
+    (folder / "plan.yaml").write_text(text)
+    return read_plan(folder / "plan.yaml", workspace)
+
+
+def shape(plan: Plan) -> list[tuple[str, float, int, list[tuple[str, float]]]]:
+    return [(s.method, s.density, s.seed, [(a.name, a.weight) for a in s.adapters]) for s in plan.steps]
 
 
 def test_a_list_is_split_at_commas() -> None:
@@ -65,180 +54,201 @@ def test_a_repeated_item_is_refused() -> None:
         parse_list("plus, plus")
 
 
-def test_name_and_directory(tmp_path: Path, workspace: Workspace) -> None:
-    place = make(tmp_path / "dir")
-    for found in (None, workspace):
-        adapter = resolve(f"plus={place}", found)
-        assert (adapter.name, adapter.path) == ("plus", place)
-    with pytest.raises(BadFile, match=r"nowhere: no such directory \(adapter 'x'\)"):
-        resolve("x=/no/such/nowhere", workspace)
-
-
-def test_names_of_the_workspace(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = workspace.file.parent
-    places = {"plus": "work/plus", "alpaca": "work/alpaca", "mine": "elsewhere/mine"}
-    for name, place in places.items():
-        make(folder / place)
-        adapter = resolve(name, workspace)
-        assert (adapter.name, adapter.path) == (name, folder / place)
-    monkeypatch.chdir(make(folder / "here" / "plus").parent)  # the workspace's name wins over a directory
-    assert resolve("plus", workspace).path == folder / "work/plus"
-    assert resolve("plus", None).path == Path("plus")
-
-
-@pytest.mark.parametrize(("name", "recipe"), [("plus", "pt_lora"), ("alpaca", "sft_lora")])
-def test_an_untrained_adapter_says_which_recipe_makes_it(
-    workspace: Workspace, name: str, recipe: str
-) -> None:
-    with pytest.raises(
-        UserError, match=f"{name}' is not trained yet .*accelerate launch recipes/{recipe}.py"
-    ):
-        resolve(name, workspace)
-    with pytest.raises(BadFile, match=r"elsewhere/mine: no such directory \(adapter 'mine'\)"):
-        resolve("mine", workspace)
-
-
-def test_a_directory(tmp_path: Path, workspace: Workspace) -> None:
-    place = make(tmp_path / "some" / "where")
-    assert resolve(str(place), workspace).name == "where"
-
-
-def test_a_name_of_the_registry_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, asked = make(tmp_path / "snapshot"), []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: asked.append(name) or str(place))
-    for item, name in (("chinese-alpaca-pro-7b", "chinese-alpaca-pro-7b"), ("someone/adapter", "adapter")):
-        adapter = resolve(item, None)
-        assert (adapter.name, adapter.path) == (name, place)
-    assert asked == ["hfl/chinese-alpaca-pro-lora-7b", "someone/adapter"]
-
-
-def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"hfl/chinese-llama-plus-lora-7b is no directory here, and the hub"):
-        resolve("chinese-llama-plus-7b", None)
-
-
-def test_the_registry_is_whole() -> None:
-    """Published adapters by family and size; what must lie below is itself in the registry."""
-    registry = load_yaml(shipped("merge") / "adapters.yaml")
-    for size in ("7b", "13b", "33b"):
-        plus = f"chinese-llama-plus-{size}"
-        assert registry[plus]["hub"] == f"hfl/chinese-llama-plus-lora-{size}"
-        assert (registry[plus]["after"], registry[plus]["vocab"]) == ([], 49953)
-        for family in ("plus", "pro"):
-            entry = registry[f"chinese-alpaca-{family}-{size}"]
-            assert entry["hub"] == f"hfl/chinese-alpaca-{family}-lora-{size}"
-            assert (entry["after"], entry["vocab"], entry["base"]) == ([plus], 49954, registry[plus]["base"])
-
-
-def test_an_unknown_name_lists_all_names_and_where_they_come_from(workspace: Workspace) -> None:
-    with pytest.raises(UserError) as caught:
-        resolve("alpacca", workspace)
-    told = str(caught.value)
-    assert "No adapter 'alpacca' (did you mean 'alpaca'?)" in told
-    assert f"{workspace.file} names plus, alpaca, mine" in told
-    assert "registry of published adapters has chinese-llama-plus-7b" in told
-    assert "name=directory" in told
-    with pytest.raises(UserError, match=r"No adapter 'zzz': .*there is no chinese-llama\.yaml here"):
-        resolve("zzz", None)
+def test_weights_are_numbers() -> None:
+    assert parse_weights("1.0, 0.7,-1,2e-1") == [1.0, 0.7, -1.0, 0.2]
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("text", "wrong"), [("1,x", "x"), ("", ""), ("1,", ""), ("0,1", "0"), ("nan", "nan")]
+)
+def test_what_is_no_weight_is_refused(text: str, wrong: str) -> None:
+    with pytest.raises(UserError, match=f"^--weights '{text}': '{wrong}' is no weight; give a number other"):
+        parse_weights(text)
+
+
+def test_loras_and_weights_are_a_plan(folder: Path) -> None:
+    items = [f"x={folder}/a", str(folder / "b")]
+    assert shape(plan_of(items, [1.0, 0.7], None)) == [
+        ("sequence", 1.0, 0, [("x", 1.0)]),
+        ("sequence", 1.0, 0, [("b", 0.7)]),
+    ]
+    plain = plan_of(items, None, None)
+    assert [adapter.weight for adapter in plain.adapters] == [1.0, 1.0]
+    assert (plain.base, plain.output, plain.dtype, plain.format, plain.file) == (None,) * 5
+
+
+def test_each_adapter_needs_its_weight(folder: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"--weights has 1 numbers for 2 adapters \(a, b\); give one for each"
+    ):
+        plan_of(["a", "b"], [0.5], None)
+    with pytest.raises(UserError, match=r"--weights: inf is no weight"):
+        plan_of([str(folder / "a")], [float("inf")], None)
+
+
+def test_a_whole_plan(folder: Path) -> None:
+    made = plan(
+        folder,
+        """
+        base: ../base
+        adapters:
+          - a
+          - {adapter: x=b, weight: 0.7}
+          - combine: dare_ties
+            density: 0.5
+            seed: 3
+            adapters: [{adapter: y=a, weight: -0.6}, c]
+        dtype: float16
+        output: out
+        format: meta
+        """,
+    )
+    assert shape(made) == [
+        ("sequence", 1.0, 0, [("a", 1.0)]),
+        ("sequence", 1.0, 0, [("x", 0.7)]),
+        ("dare_ties", 0.5, 3, [("y", -0.6), ("c", 1.0)]),
+    ]
+    assert [adapter.name for adapter in made.adapters] == ["a", "x", "y", "c"]
+    assert (made.base, made.output) == (str(folder / "../base"), str(folder / "out"))
+    assert (made.dtype, made.format, made.file) == ("float16", "meta", folder / "plan.yaml")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_methods_are_read(folder: Path, method: str) -> None:
+    density = "" if method == "linear" else "density: 1, "
+    made = plan(folder, f"adapters: [{{combine: {method}, {density}adapters: [a, b]}}]")
+    assert shape(made) == [(method, 1.0, 0, [("a", 1.0), ("b", 1.0)])]
+
+
+def test_one_adapter_needs_no_list(folder: Path) -> None:
+    assert shape(plan(folder, "adapters: a")) == [("sequence", 1.0, 0, [("a", 1.0)])]
+    assert shape(plan(folder, "adapters: {adapter: a, weight: 2}")) == [("sequence", 1.0, 0, [("a", 2.0)])]
+
+
+def test_a_base_may_be_a_hub_id_and_paths_may_be_whole(folder: Path) -> None:
+    made = plan(folder, "{base: someone/llama, adapters: [a], output: /elsewhere/out}")
+    assert (made.base, made.output) == ("someone/llama", "/elsewhere/out")
+    (folder / "someone").mkdir()
+    assert plan(folder, "{base: someone/llama, adapters: [a]}").base == str(folder / "someone" / "llama")
+
+
+def test_names_of_the_workspace_are_known(folder: Path) -> None:
+    workspace = Workspace(folder / "space.yaml", {"base": "base", "adapters": {"mine": "b"}})
+    assert plan(folder, "adapters: [mine]", workspace).adapters[0].path == folder / "b"
+    with pytest.raises(UserError, match="No adapter 'mine'"):
+        plan(folder, "adapters: [mine]")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
     [
-        ("adapter_config.json", None, r"is not an adapter \(no adapter_config.json\)"),
-        ("adapter_model.safetensors", None, "has no adapter_model.safetensors or adapter_model.bin"),
-        ("adapter_config.json", "{", "adapter_config.json: is not valid JSON"),
-        ("adapter_config.json", "[1]", "adapter_config.json"),
-        ("adapter_config.json", '{"peft_type": "IA3"}', "of type IA3; only LORA adapters can be merged"),
-        ("adapter_config.json", "{}", "of type None; only LORA"),
-        ("chinese_llama.json", "{", "chinese_llama.json: is not a manifest of this tool"),
+        ("", r"plan\.yaml: names no adapters; add `adapters: \[NAME, \.\.\.\]`"),
+        ("adapters: []", "names no adapters"),
+        ("- a", r"plan\.yaml: must hold `name: value` lines"),
+        ("adapter: [a]", r"plan\.yaml: unknown setting 'adapter' \(did you mean 'adapters'\?\)"),
+        ("{adapters: [a], base: [x]}", r"plan\.yaml: base: "),
+        ("{adapters: [a], dtype: fp16}", r"dtype 'fp16'.*; one of float32, float16, bfloat16"),
+        ("{adapters: [a], dtype: float61}", r"dtype 'float61' \(did you mean 'float16'\?\)"),
+        ("{adapters: [a], format: gguf}", "format 'gguf'; one of hf, meta"),
+        ("adapters: [a, 3]", r"adapters, item 2: 3 is no adapter; write a name, a directory, or name=dir"),
+        ("adapters: [[a, b]]", r"item 1: \['a', 'b'\] is no adapter"),
+        ("adapters: [{weight: 1}]", r"item 1: names no adapter \(adapter: NAME\)"),
+        ("adapters: ['']", "item 1: names no adapter"),
+        (
+            "adapters: [{adapter: a, wieght: 1}]",
+            r"item 1: unknown setting 'wieght' \(did you mean 'weight'\?\)",
+        ),
+        ("adapters: [{adapter: a, weight: 0}]", "item 1, weight: 0 is no weight"),
+        ("adapters: [{adapter: a, weight: true}]", "item 1, weight: True is no weight"),
+        ("adapters: [{adapter: a, weight: much}]", "item 1, weight: 'much' is no weight"),
+        ("adapters: [{adapter: a, weight: [1]}]", r"item 1, weight: \[1\] is no weight"),
+        ("adapters: [{adapter: a, weight: .inf}]", "item 1, weight: inf is no weight"),
+        ("adapters: [{adapter: a, weight: }]", "item 1, weight: None is no weight"),
+        (
+            "adapters: [{combine: tie, adapters: [a, b]}]",
+            r"item 1: combine 'tie' \(did you mean 'ties'\?\); one of",
+        ),
+        ("adapters: [{adapters: [a, b]}]", "item 1: combine ''; one of linear, ties, dare_linear, dare_ties"),
+        ("adapters: [{combine: linear, adapters: [a]}]", "item 1: linear combines two adapters or more"),
+        ("adapters: [{combine: linear}]", "item 1: linear combines two adapters or more"),
+        ("adapters: [{combine: linear, densty: 1, adapters: [a, b]}]", r"\(did you mean 'density'\?\)"),
+        (
+            "adapters: [{combine: linear, density: 1, adapters: [a, b]}]",
+            "density is for ties, dare_linear, dare_t",
+        ),
+        (
+            "adapters: [{combine: ties, adapters: [a, b]}]",
+            "item 1: density: ties needs the share of each delta",
+        ),
+        ("adapters: [{combine: ties, density: 0, adapters: [a, b]}]", "density 0: ties needs the share"),
+        ("adapters: [{combine: ties, density: 1.1, adapters: [a, b]}]", "density 1.1: ties needs the share"),
+        ("adapters: [{combine: ties, density: .nan, adapters: [a, b]}]", "density nan: ties needs"),
+        ("adapters: [{combine: ties, density: true, adapters: [a, b]}]", "density True: ties needs"),
+        ("adapters: [{combine: ties, density: half, adapters: [a, b]}]", "density 'half': ties needs"),
+        (
+            "adapters: [{combine: ties, density: 1, seed: 1, adapters: [a, b]}]",
+            "seed is for dare_linear and dare_",
+        ),
+        (
+            "adapters: [{combine: dare_ties, density: 1, seed: -1, adapters: [a, b]}]",
+            "seed -1: a whole number",
+        ),
+        (
+            "adapters: [{combine: dare_ties, density: 1, seed: 1.5, adapters: [a, b]}]",
+            "seed 1.5: a whole number",
+        ),
+        ("adapters: [{combine: linear, adapters: [a, zzz]}]", "No adapter 'zzz'"),
+        (
+            "adapters: [{combine: linear, adapters: [a, {combine: linear, adapters: [b, c]}]}]",
+            "item 1, adapter 2: a step that combines adapters holds adapters, not steps",
+        ),
+        (
+            "adapters: [{combine: linear, adapters: [a, {adapter: b, weight: 0}]}]",
+            "adapter 2, weight: 0 is no",
+        ),
     ],
 )
-def test_a_directory_that_is_no_adapter_is_refused(
-    tmp_path: Path, file: str, content: str | None, told: str
-) -> None:
-    place = make(tmp_path / "a")
-    (place / file).unlink() if content is None else (place / file).write_text(content)
-    with pytest.raises(BadFile, match=told):
-        load("a", place)
+def test_a_plan_that_is_none_is_refused(folder: Path, text: str, told: str) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        plan(folder, text)
+    assert str(caught.value).count("\n") == 0
 
 
-def test_the_files_of_an_adapter(tmp_path: Path) -> None:
-    place = make(tmp_path / "a")
-    assert load("a", place).file == place / "adapter_model.safetensors"
-    assert load("a", place).tokenizer is None
-    (place / "adapter_model.safetensors").rename(place / "adapter_model.bin")
-    (place / "tokenizer.model").touch()
-    assert load("a", place).file == place / "adapter_model.bin"
-    assert load("a", place).tokenizer == place
+def test_a_missing_plan_file(tmp_path: Path) -> None:
+    with pytest.raises(BadFile, match=r"plan\.yaml: no such file"):
+        read_plan(tmp_path / "plan.yaml", None)
 
 
-def test_the_order_of_training_is_accepted(base: Path, chain: tuple[Path, Path, Path]) -> None:
-    for count in (1, 2, 3):
-        check_lineage(base, loaded(*chain[:count]))
-    assert loaded(chain[2])[0].parents == [identity(chain[0]), identity(chain[1])]
-
-
-def test_ten_parents_keep_their_order(base: Path, tmp_path: Path) -> None:
-    places: list[Path] = []
-    for number in range(12):
-        places.append(make(tmp_path / f"a{number}", base, list(places)))
-    check_lineage(base, loaded(*places))
-
-
-def test_another_order_names_the_right_one(base: Path, chain: tuple[Path, Path, Path]) -> None:
-    plus, alpaca, pro = chain
-    with pytest.raises(DoesNotFit, match=r"'alpaca' was trained on top of .*plus, .*--loras .*plus,alpaca"):
-        check_lineage(base, loaded(alpaca, plus))
-    with pytest.raises(DoesNotFit, match=r"'alpaca' was trained on top of .*plus"):
-        check_lineage(base, loaded(alpaca))
-    with pytest.raises(DoesNotFit, match=r"'pro' was trained on top of plus, .*alpaca, .*--loras plus,"):
-        check_lineage(base, loaded(plus, pro))
-    with pytest.raises(DoesNotFit, match="'other' was trained on the bare base; it must come first"):
-        check_lineage(base, loaded(plus, make(plus.parent / "other", base, tag=1.0)))
-
-
-def test_an_adapter_given_twice_is_refused(
-    base: Path, chain: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
-    copy = shutil.copytree(chain[0], tmp_path / "copy")
-    with pytest.raises(DoesNotFit, match="The adapters 'plus' and 'copy' are the same one"):
-        check_lineage(base, loaded(chain[0], copy))
-
-
-def test_another_base_is_refused(base: Path, extended: Path, chain: tuple[Path, Path, Path]) -> None:
+def test_plans_are_found_by_file_or_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert find_plan("pro") == shipped_plans()["pro"]
+    (folder / "pro").write_text("adapters: [a]")
+    assert find_plan("pro") == Path("pro")
     with pytest.raises(
-        DoesNotFit, match=f"'plus' was trained on another base \\({base}\\), not on {extended}"
+        UserError,
+        match=r"--plan plus-alpca: no such file \(did you mean 'plus-alpaca'\?\); plans that come along: combined, ",
     ):
-        check_lineage(extended, loaded(chain[0]))
+        find_plan("plus-alpca")
+    with pytest.raises(UserError, match=r"--plan a: no such file; plans that come along"):
+        find_plan("a")  # a directory
 
 
-def test_what_lies_below_must_be_the_very_adapter(base: Path, chain: tuple[Path, Path, Path]) -> None:
-    plus, alpaca, _ = chain
-    save_file({"x": torch.ones(1)}, plus / "adapter_model.safetensors")
-    with pytest.raises(DoesNotFit, match="'alpaca' was trained on top of"):
-        check_lineage(base, loaded(plus, alpaca))
-
-
-def test_without_manifests_any_order_is_taken(base: Path, tmp_path: Path) -> None:
-    check_lineage(base, loaded(make(tmp_path / "b", tag=1.0), make(tmp_path / "a")))
-
-
-def test_a_base_that_was_given_as_a_hub_id_is_not_held_against_the_adapter(
-    base: Path, tmp_path: Path
-) -> None:
-    """The recipes record such a base without a hash; then its hash is unknown, not different."""
-    place = make(tmp_path / "plus")
-    inputs = {"base": {"path": "someone/base", "sha256": ""}, "tokenizer": {"path": "t", "sha256": ""}}
-    write_manifest(place, Manifest("adapter", "pt_lora", inputs))
-    check_lineage(base, loaded(place))
-
-
-def test_published_adapters_are_merged_in_their_order(tmp_path: Path) -> None:
-    entry = {"hub": "x/y", "base": "LLaMA-7B", "after": ["chinese-llama-plus-7b"], "vocab": 49954}
-    alpaca = load("chinese-alpaca-plus-7b", make(tmp_path / "alpaca"))
-    alpaca.published = entry
-    with pytest.raises(DoesNotFit, match="--loras chinese-llama-plus-7b,chinese-alpaca-plus-7b"):
-        check_lineage(tmp_path, [alpaca])
+def test_the_shipped_plans_name_published_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each can be followed by someone who has nothing but a base; the order is the published one."""
+    place = make(tmp_path / "snapshot")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(place))
+    assert set(shipped_plans()) == {"combined", "plus-alpaca", "pro", "weighted"}
+    for file in shipped_plans().values():
+        made = read_plan(file, None)
+        assert (made.base, made.output) == (None, None), file
+        below: list[str] = []
+        for step in made.steps:
+            for adapter in step.adapters:
+                assert adapter.published is not None
+                assert list(adapter.published.after) == below
+            below += [adapter.name for adapter in step.adapters]
+        assert f"--plan {file.stem} " in file.read_text()
+    weights = [adapter.weight for adapter in read_plan(shipped_plans()["weighted"], None).adapters]
+    assert weights == [1.0, 0.7]
+    assert shape(read_plan(shipped_plans()["combined"], None))[1][:2] == ("ties", 0.5)

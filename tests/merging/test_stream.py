@@ -18,7 +18,7 @@ from chinese_llama.artifacts import Manifest, identity, input_record, read_manif
 from chinese_llama.directories import MANIFEST
 from chinese_llama.errors import BadFile, DoesNotFit, OutputExists, UserError
 from chinese_llama.merging import stream
-from chinese_llama.merging.plan import load
+from chinese_llama.merging.plan import Step, load
 from chinese_llama.model.shards import EMBED, HEAD, Weights
 from chinese_llama.vocab.proto import read_model
 from tests import tiny
@@ -35,7 +35,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"self_attn.o_proj": 32, "up_proj": 5, r"layers\.\d+\.mlp\.down_proj": 1},
     },
     "rslora": {"target_modules": ALL, "use_rslora": True},
+    "dora": {"target_modules": ALL, "use_dora": True},
     "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head-and-rows": {
+        "target_modules": ["q_proj", "lm_head"],
+        "trainable_token_indices": {"embed_tokens": [419, 5]},
+    },
     "norms": {"modules_to_save": ["norm", "input_layernorm"]},
     "rows": {"trainable_token_indices": {"embed_tokens": [419, 5], "lm_head": [419, 7]}},
     "same-rows": {"trainable_token_indices": [5, 410, 419]},
@@ -57,7 +63,10 @@ def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 
 def merge(base: Path, places: list[Path], output: Path, **options: Any) -> Manifest:
-    return stream.merge(base, [load(place.name, place) for place in places], output, **options)
+    """Merge in sequence; options are those of `stream.Options`, and `keep`."""
+    keep = {"keep": options.pop("keep")} if "keep" in options else {}
+    steps = [Step([load(place.name, place)]) for place in places]
+    return stream.merge(base, steps, output, stream.Options(**options), **keep)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -157,11 +166,13 @@ def test_the_layout_of_the_reference(
     bases: dict[str, Path], tokenizer: Path, tmp_path: Path, dtype: str
 ) -> None:
     """LoRA plus whole matrices at a larger vocabulary, on the small base; then one row more."""
-    base, rows = bases[dtype], 577
+    model = read_model(tokenizer / "tokenizer.model")
+    base, rows = bases[dtype], len(model.pieces)
     first = peft_adapter(base, tmp_path / "p", rows, target_modules=ALL, **KINDS["full"])
     second = peft_adapter(base, tmp_path / "s", rows + 1, seed=2, target_modules=ALL, **KINDS["full"])
-    shutil.copy(tokenizer / "tokenizer.model", first)
-    shutil.copy(tokenizer / "tokenizer.model", second)
+    tiny.write_model(first / "tokenizer.model", model)
+    model.pieces.add(piece="[PAD]", score=0.0)
+    tiny.write_model(second / "tokenizer.model", model)
     manifest = merge(base, [first, second], tmp_path / "out")
     assert manifest.metrics["rows"] == rows + 1
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows + 1
@@ -174,7 +185,7 @@ def test_the_layout_of_the_reference(
     loose = 1e-4 if dtype == "float32" else 300 * EPS[torch.float16]
     torch.testing.assert_close(ours(tmp_path / "out"), logits(model), rtol=loose, atol=loose)
     with pytest.raises(
-        DoesNotFit, match=r"'p' has 577 embedding rows, what lies below it 578: .*never shrinks"
+        DoesNotFit, match=rf"'p' has {rows} embedding rows, what lies below it {rows + 1}: .*never shrinks"
     ):
         merge(base, [second, first], tmp_path / "other")
     assert not (tmp_path / "other").exists()

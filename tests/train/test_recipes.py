@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from chinese_llama.artifacts import read_manifest
 from chinese_llama.errors import DoesNotFit, OutputExists, UserError
-from chinese_llama.merging.plan import load
+from chinese_llama.merging.plan import Step, load
 from chinese_llama.merging.stream import merge
 from chinese_llama.quickstart.pipeline import recipe
 from chinese_llama.train.callbacks import read_log
@@ -64,7 +64,7 @@ def test_every_trainable_group_moves(plus: Path) -> None:
 def test_old_rows_keep_their_bits_and_new_rows_move(
     plus: Path, extended: Path, base: Path, tmp_path: Path
 ) -> None:
-    merge(extended, [load("plus", plus)], tmp_path / "merged")
+    merge(extended, [Step([load("plus", plus)])], tmp_path / "merged")
     before, after = (load_file(path / "model.safetensors") for path in (extended, tmp_path / "merged"))
     old = load_file(base / "model.safetensors")["lm_head.weight"].shape[0]
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -81,7 +81,7 @@ def test_peft_loads_the_adapter_and_agrees_with_merge(
     model = AutoModelForCausalLM.from_pretrained(extended, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, str(plus)).merge_and_unload()
     model = PeftModel.from_pretrained(model, str(alpaca)).eval()
-    merge(extended, [load("plus", plus), load("alpaca", alpaca)], tmp_path / "merged")
+    merge(extended, [Step([load("plus", plus)]), Step([load("alpaca", alpaca)])], tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ids = torch.arange(0, 120)[None]
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_other_embeddings_train_and_merge(
     )
     names = load_file(made / "adapter_model.safetensors")
     assert any("embed_tokens" in name for name in names) == (embeddings == "full")
-    merge(extended, [load("a", made)], tmp_path / "merged")
+    merge(extended, [Step([load("a", made)])], tmp_path / "merged")
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(extended: Path, work: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_tied_base_stays_tied(embeddings: str, tokenizer: Path, work: Path, tm
         *(tmp_path / "extended", work / "zh.jsonl", tmp_path / "plus"),
         *("--max_steps", "4", "--learning_rate", "1e-2", "--embeddings", embeddings),
     )
-    merge(tmp_path / "extended", [load("plus", made)], tmp_path / "merged")
+    merge(tmp_path / "extended", [Step([load("plus", made)])], tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "extended", dtype=torch.float32)

@@ -12,7 +12,7 @@ from chinese_llama.artifacts import read_manifest
 from chinese_llama.data.published import TEMPLATES
 from chinese_llama.data.templates import fit_template, prompt_ids
 from chinese_llama.errors import BadFile, UserError
-from chinese_llama.merging.plan import load
+from chinese_llama.merging.plan import Step, load
 from chinese_llama.merging.stream import merge
 from chinese_llama.model.load import load_tokenizer
 from chinese_llama.model.resize import extend_model
@@ -120,6 +120,6 @@ def test_a_template_is_a_name_or_a_file(extended: Path, tmp_path: Path) -> None:
 def test_a_merged_model_says_what_ends_an_answer(extended: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "a.jsonl", [{"messages": MESSAGES}] * 12)
     made = tune(extended, data, tmp_path / "a", "--template", "vicuna")
-    merge(extended, [load("a", made)], tmp_path / "merged")
+    merge(extended, [Step([load("a", made)])], tmp_path / "merged")
     settings = json.loads((tmp_path / "merged" / "generation_config.json").read_text(encoding="utf-8"))
     assert settings["eos_token_id"] == load_tokenizer(made).eos_token_id

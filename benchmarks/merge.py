@@ -1,0 +1,223 @@
+"""What `merge` costs, beside `cp` and PEFT: seconds, peak memory, and the error against float64.
+
+    python -m benchmarks.merge --work DIR
+
+makes a LLaMA of 1.3B parameters with random weights (float16, shards of 1 GB, 2.69 GB) and two adapters in the
+published layout: "plus" (r=8, alpha=32, all seven projections, both vocabulary matrices whole, 49,953 rows) and
+"alpaca" (r=64, alpha=128, 49,954 rows). Everything runs in processes of its own; the best of `--repeat` runs is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {  # hidden, intermediate, layers
+    "tiny": (256, 688, 4),
+    "1.3b": (2048, 5504, 24),
+    "7b": (4096, 11008, 32),
+}
+ROWS, PLUS, ALPACA = 32_000, 49_953, 49_954
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "out" / "merge")
+    parser.add_argument("--size", choices=sorted(SIZES), default="1.3b")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="also with a dropped page cache (needs root)")
+    parser.add_argument("--peft", action="store_true", help="also PEFT's merge_and_unload in sequence")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    work = options.work.resolve()
+    if options.only:
+        (make if options.only == "make" else by_peft)(work, options.size)
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "alpaca" / "adapter_config.json").is_file():
+        run(
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.merge",
+                "--only",
+                "make",
+                "--work",
+                str(work),
+                "--size",
+                options.size,
+            ]
+        )
+    print(table(work, options))
+
+
+def table(work: Path, options: argparse.Namespace) -> str:
+    """Every command, best of the runs; the runs of different commands take turns."""
+    tool = [sys.executable, "-m", "chinese_llama", "merge", "--base", "base", "--loras", "plus,alpaca"]
+    commands: dict[str, tuple[list[str], bool]] = {
+        "cp of the base": (["cp", "-r", "base", "out"], False),
+        "merge --no-verify": ([*tool, "--output", "out", "--no-verify"], False),
+        "merge --no-verify --workers 1": ([*tool, "--output", "out", "--no-verify", "--workers", "1"], False),
+        "merge": ([*tool, "--output", "out"], False),
+    }
+    if options.cold:
+        cold = ["sh", "-c", "cp -r base out && sync -f out"]
+        commands["cp of the base, cold, synced"] = (cold, True)
+        commands["merge --no-verify, cold, synced"] = ([*tool, "--output", "out", "--no-verify"], True)
+    if options.peft:
+        peft = [sys.executable, "-m", "benchmarks.merge", "--only", "peft", "--work", str(work)]
+        commands["PEFT merge_and_unload in sequence"] = ([*peft, "--size", options.size], False)
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+    errors: dict[str, str] = {}
+    for _ in range(options.repeat):
+        for name, (command, cold_cache) in commands.items():
+            shutil.rmtree(work / "out", ignore_errors=True)
+            os.sync()
+            if cold_cache:
+                Path("/proc/sys/vm/drop_caches").write_text("1")
+            else:
+                warm(work)
+            found[name].append(run(command, work))
+            if name not in errors and not name.startswith("cp"):
+                errors[name] = against_float64(work)
+    lines = ["| | seconds (all runs) | peak MB | against float64 |", "| --- | --- | --- | --- |"]
+    for name, runs in found.items():
+        seconds = ", ".join(f"{s:.1f}" for s, _ in runs)
+        best = min(runs)
+        lines.append(
+            f"| {name} | **{best[0]:.1f}** ({seconds}) | {max(m for _, m in runs):,} | {errors.get(name, '')} |"
+        )
+    size = sum(file.stat().st_size for file in (work / "base").iterdir())
+    header = f"{options.size}, base {size / 1e9:.2f} GB, {os.cpu_count()} processors ({platform.processor() or platform.machine()})"
+    return "\n".join([header, "", *lines])
+
+
+def run(command: list[str], work: Path = ROOT) -> tuple[float, int]:
+    """Run a command; return its seconds and its peak memory in MB."""
+    code = "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]).returncode; "
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(r)"
+    start = time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        cwd=work,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return seconds, int(done.stdout.split()[-1]) // 1024
+
+
+def warm(work: Path) -> None:
+    """Read the inputs into the page cache."""
+    for file in [*(work / "base").iterdir(), *(work / "plus").iterdir(), *(work / "alpaca").iterdir()]:
+        with open(file, "rb", buffering=0) as stream:
+            while stream.read(1 << 24):
+                pass
+
+
+def shapes(size: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(name, shape) of the projections."""
+    hidden, wide, layers = SIZES[size]
+    for layer in range(layers):
+        for name in PROJECTIONS:
+            block = "mlp" if name in PROJECTIONS[4:] else "self_attn"
+            shape = {"down_proj": (hidden, wide)}.get(name, (wide if block == "mlp" else hidden, hidden))
+            yield f"model.layers.{layer}.{block}.{name}", shape
+
+
+def make(work: Path, size: str) -> None:
+    """The base and the two adapters."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, wide, layers = SIZES[size]
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    config = LlamaConfig(
+        vocab_size=ROWS, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers,
+        num_attention_heads=hidden // 128, dtype="float16",
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(str(work / "base"), max_shard_size="1GB")
+    torch.set_default_dtype(torch.float32)
+    for name, rank, alpha, rows in (("plus", 8, 32, PLUS), ("alpaca", 64, 128, ALPACA)):
+        tensors: dict[str, Any] = {}
+        for module, (out, into) in shapes(size):
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, into) / into**0.5
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(out, rank) * 2e-3
+        for module in ("model.embed_tokens", "lm_head"):
+            tensors[f"base_model.model.{module}.weight"] = (torch.randn(rows, hidden) * 0.02).half()
+        (work / name).mkdir()
+        save_file(tensors, work / name / "adapter_model.safetensors")
+        content = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "base_model_name_or_path": "base",
+            "target_modules": list(PROJECTIONS), "modules_to_save": ["embed_tokens", "lm_head"],
+        }  # fmt: skip
+        (work / name / "adapter_config.json").write_text(json.dumps(content))
+
+
+def by_peft(work: Path, size: str) -> None:
+    """The same merge as PEFT does it in sequence, saved in the base's dtype and shards."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float16)
+    for name, rows in (("plus", PLUS), ("alpaca", ALPACA)):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        model = PeftModel.from_pretrained(model, str(work / name)).merge_and_unload()
+    model.save_pretrained(str(work / "out"), max_shard_size="1GB")
+
+
+def against_float64(work: Path, sample: int = 24) -> str:
+    """The error of some projections of the result in units in the last place, and the share of numbers that
+    are not the float64 sum, rounded."""
+    import torch
+    from safetensors import safe_open
+
+    def tensor(folder: str, name: str) -> Any:
+        for file in sorted((work / folder).glob("*.safetensors")):
+            with safe_open(str(file), framework="pt") as opened:
+                if name in opened.keys():  # noqa: SIM118
+                    return opened.get_tensor(name)
+        raise KeyError(name)
+
+    worst, wrong, count = 0.0, 0, 0
+    layers = json.loads((work / "base" / "config.json").read_text())["num_hidden_layers"]
+    for layer in range(0, layers, max(1, layers * len(PROJECTIONS) // sample)):
+        for name in (f"model.layers.{layer}.self_attn.q_proj", f"model.layers.{layer}.mlp.down_proj"):
+            exact = tensor("base", f"{name}.weight").double()
+            for adapter, scale in (("plus", 4.0), ("alpaca", 2.0)):
+                key = f"base_model.model.{name}.lora_"
+                b, a = (tensor(adapter, f"{key}{side}.weight").double() for side in "BA")
+                exact += scale * (b @ a)
+            found = tensor("out", f"{name}.weight")
+            rounded = exact.half()
+            wrong += int((found != rounded).sum())
+            count += found.numel()
+            steps = found.view(torch.int16).int() - rounded.view(torch.int16).int()
+            same_sign = (found < 0) == (rounded < 0)
+            worst = max(worst, float(steps[same_sign].abs().max()))
+    return f"{worst:.0f} ulp, {100 * wrong / count:.4f} % not correctly rounded"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Model formats: Meta's own checkpoints and Hugging Face directories, one into the other."""

@@ -1,0 +1,104 @@
+"""What lies beside merged weights: tokenizer, config.json, generation_config.json, model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from chinese_llama.directories import write_text
+from chinese_llama.errors import DoesNotFit
+from chinese_llama.merging.plan import Adapter, Step
+from chinese_llama.model.resize import copy_other_files, copy_tokenizer
+from chinese_llama.model.shards import Model, Weights, read_json
+from chinese_llama.vocab.proto import read_model
+
+SPECIAL = ("bos_token", "eos_token", "pad_token")
+
+
+def tokenizer_of(base: Path, adapters: Sequence[Adapter]) -> Path | None:
+    """Where the result's tokenizer lies: beside the last adapter that brings one, else beside the base."""
+    own = base if any((base / name).is_file() for name in ("tokenizer.model", "tokenizer.json")) else None
+    return next((adapter.tokenizer for adapter in reversed(adapters) if adapter.tokenizer), own)
+
+
+def pieces_of(tokenizer: Path) -> dict[str, int]:
+    """The ids of all pieces of the tokenizer in a directory, added tokens among them."""
+    if (tokenizer / "tokenizer.json").is_file():
+        content = read_json(tokenizer / "tokenizer.json")
+        vocabulary = content["model"]["vocab"]
+        return {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens", [])}}
+    pieces = {p.piece: i for i, p in enumerate(read_model(tokenizer / "tokenizer.model").pieces)}
+    added = tokenizer / "added_tokens.json"
+    return pieces | (read_json(added) if added.is_file() else {})
+
+
+def check_tokenizer(tokenizer: Path, rows: int, what: str) -> int:
+    """The number of pieces of a tokenizer that belongs to a vocabulary of `rows` rows (of `what`). Raises
+    DoesNotFit where it does not: 49,953 pieces on 49,954 rows run, and babble."""
+    pieces = max(pieces_of(tokenizer).values()) + 1
+    if pieces > rows or (pieces < rows and rows % 8):  # rows are rounded up in eights at least
+        raise DoesNotFit(
+            f"The tokenizer in {tokenizer} has {pieces:,} pieces, {what} {rows:,} rows: it is the tokenizer of "
+            "something else; put the one that belongs to these rows in its place."
+        )
+    return pieces
+
+
+def write_belongings(
+    base: Path, source: Model, tokenizer: Path | None, rows: int, dtype: str | None, directory: Path
+) -> None:
+    """Write everything but weights, card and manifest into `directory`, for a base in `base`."""
+    if isinstance(source, Weights):
+        copy_other_files(base, directory)
+    if tokenizer:
+        copy_tokenizer(tokenizer, directory)
+    ids = _special_ids(directory)
+    config = {**source.config(), "vocab_size": rows, **ids}
+    if dtype:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    file = directory / "generation_config.json"
+    settings = {**(read_json(file) if file.is_file() else {}), **ids, **_ends(directory)}
+    if settings:
+        write_text(file, json.dumps(settings, indent=2) + "\n")
+
+
+def _special_ids(directory: Path) -> dict[str, int]:
+    """bos_token_id, eos_token_id, pad_token_id of the tokenizer in `directory`."""
+    file = directory / "tokenizer_config.json"
+    names = read_json(file) if file.is_file() else {}
+    pieces = pieces_of(directory) if names else {}
+    found = {}
+    for role in SPECIAL:
+        name = names.get(role)
+        name = name.get("content") if isinstance(name, dict) else name
+        if name in pieces:
+            found[f"{role}_id"] = pieces[name]
+    return found
+
+
+def _ends(directory: Path) -> dict[str, Any]:
+    """Which tokens end an answer of a model with a chat template, for other programs."""
+    template = directory / "chat_template.jinja"
+    if not template.is_file():
+        return {}
+    from chinese_llama.data.templates import stop_ids
+    from chinese_llama.model.load import load_tokenizer
+
+    ends = stop_ids(load_tokenizer(directory), template.read_text(encoding="utf-8"))
+    return {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+
+
+def card(base: Path, steps: Sequence[Step], figures: str) -> str:
+    """The model card (README.md)."""
+    lines = [f"# {base.name} + {' + '.join(a.name for step in steps for a in step.adapters)}", ""]
+    lines += ["Merged by `chinese-llama merge` from, in this order:", "", f"- base `{base}`"]
+    for step in steps:
+        together = f", combined by {step.method}" if len(step.adapters) > 1 else ""
+        for adapter in step.adapters:
+            weight = f", weight {adapter.weight:g}" if adapter.weight != 1 else ""
+            rank = f"r={adapter.config.get('r')}, lora_alpha={adapter.config.get('lora_alpha')}"
+            lines.append(f"- adapter `{adapter.name}` ({rank}{weight}{together})")
+    return "\n".join([*lines, "", figures, "", "Hashes: `chinese_llama.json`.", ""])

@@ -1,0 +1,154 @@
+"""Whether adapters fit a base and each other, told by shapes before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from chinese_llama.errors import BadFile, DoesNotFit
+from chinese_llama.merging.merged import Loaded
+from chinese_llama.model.adapters import Tensors
+from chinese_llama.model.shards import EMBED, HEAD, Model
+
+
+def check_fit(source: Model, base: Path, steps: Sequence[Loaded]) -> int:
+    """The rows of the merged vocabulary.
+
+    Raises DoesNotFit where a tensor has no place in the base (`base` names it) or another shape, where a
+    module lacks its tensors, a vocabulary shrinks along the list, or a row comes from nowhere.
+    """
+    rows = source.meta(EMBED)[0][0]
+    for loaded in steps:
+        for part in loaded.parts:
+            _check_names(source, base, part)
+            part.transposed = _is_transposed(source, part)
+        rows = _check_vocabulary(loaded, rows)
+        for part in loaded.parts:
+            for name in part.names():
+                _check_place(source, base, part, name)
+    for name in (EMBED, HEAD):
+        if name in source:
+            _check_owned(source, steps, name, rows)
+    return rows
+
+
+def _check_names(source: Model, base: Path, part: Tensors) -> None:
+    """What adapter_config.json lists and the base has must be in the file."""
+    adapter = part.adapter
+    for key, held in (("target_modules", part.pairs), ("modules_to_save", part.matrices)):
+        listed = adapter.config.get(key)
+        for target in listed if isinstance(listed, list) else ():
+            there = [name for name in source if _is(name, target)]
+            if there and not any(_is(name, target) for name in held):
+                raise BadFile(
+                    adapter.file,
+                    f"has no tensors for {target}, which adapter_config.json lists in {key}; the file is not whole.",
+                )
+
+
+def _is_transposed(source: Model, part: Tensors) -> bool:
+    """Whether the pairs are of weights stored as [in, out]. PEFT's fan_in_fan_out alone does not tell: PEFT
+    itself ignores it for linear layers, as LLaMA's are. What is not square does."""
+    if not part.adapter.config.get("fan_in_fan_out"):
+        return False
+    deltas = [(part.delta_shape(name), source.meta(name)[0]) for name in part.pairs if name in source]
+    return any(delta != shape and delta[::-1] == shape for delta, shape in deltas)
+
+
+def _is(name: str, module: str) -> bool:
+    """Whether the weight `name` is that of a module given by the end of its name."""
+    return f".{name}".rpartition(".")[0].endswith(f".{module}")
+
+
+def _check_vocabulary(loaded: Loaded, rows: int) -> int:
+    grown = {part: wanted for part in loaded.parts if (wanted := part.vocabulary()) is not None}
+    for part, wanted in grown.items():
+        has_matrix = any(name in part.matrices for name in (EMBED, HEAD))
+        if has_matrix and wanted < rows:
+            raise DoesNotFit(
+                f"The adapter {part.adapter.name!r} has {wanted:,} embedding rows, what lies below it {rows:,}: a "
+                "vocabulary never shrinks; check the base and the order of --loras."
+            )
+    most = max([rows, *grown.values()])
+    if len(loaded.parts) > 1 and most > rows:
+        _check_growing_together(loaded, grown, most)
+    return most
+
+
+def _check_growing_together(loaded: Loaded, grown: dict[Tensors, int], most: int) -> None:
+    """Rows that nothing below has are averaged: every sibling must bring all of them."""
+    for part in loaded.parts:
+        if grown.get(part) != most or not all(n in part.matrices for n in (EMBED, HEAD)):
+            raise DoesNotFit(
+                f"Adapters that are combined must all bring the {most:,} rows of the larger vocabulary, and "
+                f"{part.adapter.name!r} does not; merge the one that grows it first."
+            )
+    if not sum(adapter.weight for adapter in loaded.step.adapters) > 0:
+        raise DoesNotFit(
+            "The weights of adapters that are combined and bring new rows must add up to more than 0."
+        )
+
+
+def _check_place(source: Model, base: Path, part: Tensors, name: str) -> None:
+    who = f"The adapter {part.adapter.name!r}"
+    if name == HEAD and HEAD not in source and source.config().get("tie_word_embeddings"):
+        _check_tied(base, part)
+        return  # the embeddings' own tensor holds these rows
+    if name not in source:
+        raise DoesNotFit(f"{who} changes {name}, which {base} does not have.")
+    shape = source.meta(name)[0]
+    if name in part.pairs:
+        delta = part.delta_shape(name)
+        fits = delta[::-1] if part.transposed else delta
+        grown = name in (EMBED, HEAD) and (fits[0] >= shape[0] and fits[1:] == shape[1:])
+        if fits != shape and not grown:
+            raise DoesNotFit(f"{who} has {delta} for {name}, the base {shape}.")
+    if name in part.matrices:
+        found = part.matrix(name)[0]
+        if name not in (EMBED, HEAD) and found != shape:
+            raise DoesNotFit(f"{who} has another shape for {name} ({found}) than the base ({shape}).")
+        if found[1:] != shape[1:]:
+            raise DoesNotFit(f"{who} has {found[1]} columns in {name}, the base {shape[1]}.")
+    if name in part.rows:
+        ids, key = part.rows[name]
+        if part.file.meta(key)[0] != (len(ids), shape[1]):
+            raise DoesNotFit(f"{who}: the rows for {name} do not fit the base.")
+
+
+def _check_tied(base: Path, part: Tensors) -> None:
+    """On a tied base an adapter's output rows must be its input rows."""
+    ids = {name: part.rows[name][0] for name in (EMBED, HEAD) if name in part.rows}
+    keys = [[kind[name] for name in (EMBED, HEAD) if name in kind] for kind in (part.matrices, _keys(part))]
+    same = HEAD not in part.pairs and (HEAD not in ids or ids[HEAD] == ids.get(EMBED))
+    for name, kind in ((HEAD, part.matrices), (HEAD, _keys(part))):
+        same = same and (name not in kind or EMBED in kind)
+    for pair in keys:
+        if same and len(pair) == 2:
+            same = torch.equal(part.file.load(pair[0]), part.file.load(pair[1]))
+    if not same:
+        raise DoesNotFit(
+            f"The adapter {part.adapter.name!r} has an lm_head of its own, but {base} ties it to the embeddings."
+        )
+
+
+def _keys(part: Tensors) -> dict[str, str]:
+    return {name: key for name, (_, key) in part.rows.items()}
+
+
+def _check_owned(source: Model, steps: Sequence[Loaded], name: str, rows: int) -> None:
+    """Every row that the base does not have must come from an adapter."""
+    owned = torch.zeros(rows, dtype=torch.bool)
+    owned[: source.meta(name)[0][0]] = True
+    for part in [part for loaded in steps for part in loaded.parts]:
+        if name in part.matrices:
+            owned[: part.matrix(name)[0][0]] = True
+        if name in part.rows:
+            owned[part.rows[name][0]] = True
+    if not owned.all():
+        missing = int((~owned).sum())
+        raise DoesNotFit(
+            f"{name} must grow to {rows:,} rows, but no adapter has {missing:,} of them; merge into the "
+            "extended base (chinese-llama extend-model) that the adapters were trained on."
+        )
