@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from chinese_llama import workspace
-from chinese_llama.commandline import EXAMPLES, Force, Output, given, note_if_kept
+from chinese_llama.commandline import EXAMPLES, Force, Output, frugal, given, note_if_kept
 from chinese_llama.errors import UserError, nearest
 
 app = typer.Typer()
@@ -73,6 +73,7 @@ def merge(
     """Bake LoRA adapters into base weights; the result is a plain HF model."""
     from chinese_llama.merging.stage import described, merged_model
 
+    frugal()
     options = given(
         base=base, loras=loras, weights=weights, plan=plan, output=output, dtype=dtype, format=format
     ) | {"workers": workers, "verify": verify, "resume": resume}
@@ -122,6 +123,7 @@ def convert(
     """Meta's own LLaMA 1 and 2 checkpoints into Hugging Face's form and back, bit for bit."""
     from chinese_llama.convert.convert import convert as run
 
+    frugal()
     for option, value in (("--from", origin), ("--to", to)):
         if value is not None and value not in FORMATS:
             raise UserError(f"{option} {value!r}{nearest(value, FORMATS)}; one of {', '.join(FORMATS)}.")

@@ -28,7 +28,7 @@ from chinese_llama.convert.params import hf_sizes, meta_params, resized, rope_th
 from chinese_llama.convert.torchzip import STORAGES, TorchWriter
 from chinese_llama.directories import write_text
 from chinese_llama.errors import DoesNotFit
-from chinese_llama.model.shards import EMBED, HEAD, Hashes, Model, blocks, made
+from chinese_llama.model.shards import EMBED, HEAD, Hashes, Model, Workers, blocks, made
 from chinese_llama.model.tensors import CODES, Meta, raw
 from chinese_llama.progress import say, track
 
@@ -41,7 +41,7 @@ def save_meta(
     model: Model,
     output: Path,
     shards: int | None = None,
-    workers: int = 0,
+    workers: Workers | int = 0,
     like: dict[str, Any] | None = None,
     what: str = "converting",
     hashed: Callable[[], Any] = hashlib.sha256,

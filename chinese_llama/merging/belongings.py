@@ -29,15 +29,21 @@ def pieces_of(tokenizer: Path) -> dict[str, int]:
         content = read_json(tokenizer / "tokenizer.json")
         vocabulary = content["model"]["vocab"]
         return {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens", [])}}
-    pieces = {p.piece: i for i, p in enumerate(read_model(tokenizer / "tokenizer.model").pieces)}
-    added = tokenizer / "added_tokens.json"
-    return pieces | (read_json(added) if added.is_file() else {})
+    return {p.piece: i for i, p in enumerate(read_model(tokenizer / "tokenizer.model").pieces)}
 
 
 def check_tokenizer(tokenizer: Path, rows: int, what: str) -> int:
     """The number of pieces of a tokenizer that belongs to a vocabulary of `rows` rows (of `what`). Raises
     DoesNotFit where it does not: 49,953 pieces on 49,954 rows run, and babble."""
-    pieces = max(pieces_of(tokenizer).values()) + 1
+    known = pieces_of(tokenizer)
+    added = tokenizer / "added_tokens.json"
+    more = [name for name in (read_json(added) if added.is_file() else {}) if name not in known]
+    if more:
+        raise DoesNotFit(
+            f"{added} adds {more[0]!r}, which {tokenizer}/tokenizer.model does not have, and there is no tokenizer.json "
+            "with both; put the tokenizer that the adapter was trained with there, as tokenizer.json."
+        )
+    pieces = max(known.values()) + 1
     if pieces > rows or (pieces < rows and rows % 8):  # rows are rounded up in eights at least
         raise DoesNotFit(
             f"The tokenizer in {tokenizer} has {pieces:,} pieces, {what} {rows:,} rows: it is the tokenizer of "

@@ -24,7 +24,7 @@ def check_fit(source: Model, base: Path, steps: Sequence[Loaded]) -> int:
         for part in loaded.parts:
             _check_names(source, base, part)
             part.transposed = _is_transposed(source, part)
-        rows = _check_vocabulary(loaded, rows)
+        rows = _check_vocabulary(loaded, rows, steps)
         for part in loaded.parts:
             for name in part.names():
                 _check_place(source, base, part, name)
@@ -62,19 +62,28 @@ def _is(name: str, module: str) -> bool:
     return f".{name}".rpartition(".")[0].endswith(f".{module}")
 
 
-def _check_vocabulary(loaded: Loaded, rows: int) -> int:
+def _check_vocabulary(loaded: Loaded, rows: int, steps: Sequence[Loaded]) -> int:
     grown = {part: wanted for part in loaded.parts if (wanted := part.vocabulary()) is not None}
     for part, wanted in grown.items():
         has_matrix = any(name in part.matrices for name in (EMBED, HEAD))
         if has_matrix and wanted < rows:
             raise DoesNotFit(
                 f"The adapter {part.adapter.name!r} has {wanted:,} embedding rows, what lies below it {rows:,}: a "
-                "vocabulary never shrinks; check the base and the order of --loras."
+                f"vocabulary never shrinks; {_right_order(steps)}."
             )
     most = max([rows, *grown.values()])
     if len(loaded.parts) > 1 and most > rows:
         _check_growing_together(loaded, grown, most)
     return most
+
+
+def _right_order(steps: Sequence[Loaded]) -> str:
+    """What to do about a vocabulary that shrinks along the steps."""
+    given = [part for loaded in steps for part in loaded.parts]
+    by_rows = sorted(given, key=lambda part: part.vocabulary() or 0)
+    if by_rows == given:
+        return "merge it into the base that it was trained on"
+    return f"the order is --loras {','.join(part.adapter.name for part in by_rows)}"
 
 
 def _check_growing_together(loaded: Loaded, grown: dict[Tensors, int], most: int) -> None:

@@ -58,6 +58,10 @@ def planned(space: Workspace | None, given: Given) -> tuple[Plan, Path, Path, bo
         plan = plan_of(parse_list(given.get("loras", own)), weights, space)
     plan.dtype = _known("--dtype", given.get("dtype"), DTYPES) or plan.dtype
     plan.format = _known("--format", given.get("format"), FORMATS) or plan.format
+    if given.get("resume") and plan.format == "meta":
+        raise UserError(
+            "--resume is for --format hf: Meta's files are all finished at the end; leave it out."
+        )
     output = given.get("output") or plan.output
     if output is None:
         output = _needed(space, "--output").path(_needed(space, "--output").settings.merge.output)

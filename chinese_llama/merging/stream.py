@@ -32,7 +32,7 @@ from chinese_llama.merging.plan import Adapter, Step, check_base, check_lineage
 from chinese_llama.merging.verify import probe, told, verify
 from chinese_llama.model.adapters import read_tensors
 from chinese_llama.model.resize import copy_tokenizer
-from chinese_llama.model.shards import Changed, Hashes, save_shards
+from chinese_llama.model.shards import Changed, Hashes, Workers, save_shards
 from chinese_llama.model.tensors import nbytes
 from chinese_llama.progress import say
 
@@ -76,15 +76,13 @@ class Work:
         )
         self.bytes = sum(nbytes(*self.model.meta(name)) for name in self.model)
 
-    def write(self, directory: Path, journal: Journal) -> Hashes:
+    def write(self, directory: Path, journal: Journal, workers: Workers) -> Hashes:
         """Write everything but card and manifest; return the hashes of the weights."""
         if self.options.format == "meta":
             if self.tokenizer:
                 copy_tokenizer(self.tokenizer, directory)
             like = layout_of(self.base, self.source)
-            return save_meta(
-                self.model, directory, None, self.options.workers, like, "merging", xxhash.xxh3_128
-            )
+            return save_meta(self.model, directory, None, workers, like, "merging", xxhash.xxh3_128)
         write_belongings(self.base, self.source, self.tokenizer, self.rows, self.options.dtype, directory)
         return save_shards(
             self.model,
@@ -96,10 +94,10 @@ class Work:
             journal.note,
         )
 
-    def verified(self, directory: Path) -> dict[str, Any]:
+    def verified(self, directory: Path, workers: Workers) -> dict[str, Any]:
         """Figures of what was written (see `verify`)."""
         ids = probe(directory, self.rows)
-        return verify(open_model(directory), self.merged, self.model, ids, self.options.workers)
+        return verify(open_model(directory), self.merged, self.model, ids, workers)
 
 
 def merge(
@@ -127,13 +125,16 @@ def merge(
     manifest.vocab_size, manifest.metrics = work.vocab_size, _metrics(work)
     check_space(output, work.bytes)
     try:
-        with new_directory(output, options.force, places.values(), resume=options.resume) as partial:
+        with (
+            new_directory(output, options.force, places.values(), resume=options.resume) as partial,
+            Workers(options.workers) as workers,
+        ):
             journal = Journal(partial, _fingerprint(places, manifest.settings))
             check_space(output, work.bytes - journal.bytes())
-            hashes = work.write(partial, journal)
+            hashes = work.write(partial, journal, workers)
             journal.remove()
             if options.verify:
-                manifest.metrics["verified"] = work.verified(partial)
+                manifest.metrics["verified"] = work.verified(partial, workers)
             write_text(partial / "README.md", card(base, steps, told(manifest.metrics.get("verified"))))
             manifest.inputs = {role: input_record(place) for role, place in places.items()}
             write_manifest(partial, manifest, hashes)

@@ -13,7 +13,7 @@ from chinese_llama.merging.forward import knows, logits
 from chinese_llama.merging.merged import Add, Merged, Operation, Rows, Whole
 from chinese_llama.model.shards import EMBED, Block, Changed, Model, Named, Workers, block_of, blocks
 from chinese_llama.progress import track
-from chinese_llama.vocab.readers import open_readers
+from chinese_llama.vocab.proto import encoder, read_model
 
 PROBE = "The capital of China is Beijing. 中国的首都是北京，那里住着两千多万人。"
 TOKENS = 16  # of the probe that are read
@@ -22,18 +22,25 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 
 
 def _filled(
-    model: Named, workers: Workers, name: str, x: torch.Tensor, part: Callable[[Block], torch.Tensor]
+    model: Named,
+    workers: Workers,
+    name: str,
+    x: torch.Tensor,
+    part: Callable[[Block, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """[tokens, out], put together from what `part` gives for each block. In place: small results that lie
+    """[tokens, out], put together from what `part` gives for each block and x [in, tokens], plus the bias.
+
+    Weight times x, not the other way: several times faster for few tokens. In place: small results that lie
     between large ones that come and go would keep the memory of those."""
-    y = torch.empty(len(x), model.meta(name)[0][0])
+    y, turned = torch.empty(model.meta(name)[0][0], len(x)), x.T.contiguous()
 
     def fill(block: Block) -> None:
-        y[:, block[1] : block[2]] = part(block)
+        y[block[1] : block[2]] = part(block, turned)
 
     for _ in workers.each(fill, blocks(model, [name])):
         pass
-    return y
+    bias = name.removesuffix("weight") + "bias"
+    return y.T + model.load(bias).float() if bias in model else y.T
 
 
 class Written:
@@ -49,16 +56,15 @@ class Written:
         return self.model.load(name).float()
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        y = _filled(
-            self.model, self.workers, name, x, lambda block: x @ block_of(self.model, block).float().T
-        )
-        bias = name.removesuffix("weight") + "bias"
-        return y + self.vector(bias) if bias in self.model else y
+        def part(block: Block, x: torch.Tensor) -> torch.Tensor:
+            return block_of(self.model, block).float() @ x
+
+        return _filled(self.model, self.workers, name, x, part)
 
 
 class Unmerged:
-    """The base with the adapters beside it: x W' + scale (x A') B' for each, nothing added to a weight and
-    nothing rounded. DoRA and combined adapters, which are no sums, are computed as weights in float32."""
+    """The base with the adapters beside it: W x + B (A x) scale for each, nothing added to a weight and nothing
+    rounded. DoRA and combined adapters, which are no sums, are computed as weights in float32."""
 
     def __init__(self, merged: Merged, model: Changed, workers: Workers) -> None:
         self.merged, self.model, self.workers = merged, model, workers
@@ -71,36 +77,42 @@ class Unmerged:
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         operations = self.merged.operations(name)
-        inner = {id(o): x @ o.pair.right.T for o in operations if isinstance(o, Add)}
+        inner = {id(o): o.pair.right @ x.T for o in operations if isinstance(o, Add)}
 
-        y = _filled(self.model, self.workers, name, x, lambda block: self._part(operations, inner, x, block))
-        bias = name.removesuffix("weight") + "bias"
-        return y + self.vector(bias) if bias in self.model else y
+        def part(block: Block, x: torch.Tensor) -> torch.Tensor:
+            return self._part(operations, inner, x, block)
+
+        return _filled(self.model, self.workers, name, x, part)
 
     def _part(
         self, operations: Sequence[Operation], inner: dict[int, torch.Tensor], x: torch.Tensor, block: Block
     ) -> torch.Tensor:
         name, start, stop = block
         if not all(isinstance(operation, (Add, Whole, Rows)) for operation in operations):
-            return x @ self._rows(name, start, stop).T
+            return self._rows(name, start, stop) @ x
         weight = self.merged.below(name, self.model.meta(name)[0], start, stop)
-        added = torch.zeros(len(x), stop - start)
+        added = torch.zeros(stop - start, x.shape[1])
         for operation in operations:
             if isinstance(operation, Add):
                 left = operation.pair.left[start:stop]
-                added[:, : len(left)] += inner[id(operation)] @ left.T
+                added[: len(left)] += left @ inner[id(operation)]
+            elif isinstance(operation, Whole) and operation.count >= stop:
+                operation.apply(weight, start)
+                added.zero_()
             else:  # final values: what was added to these rows goes
                 marked = torch.full_like(weight, torch.nan)
                 operation.apply(marked, start)
                 new = ~marked[:, 0].isnan()
-                weight[new], added[:, new] = marked[new], 0.0
-        return x @ weight.T + added
+                weight[new], added[new] = marked[new], 0.0
+        return weight @ x + added
 
     def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.merged.total(name, self.model.meta(name)[0], start, stop)
 
 
-def verify(written: Model, merged: Merged, model: Changed, ids: list[int], workers: int) -> dict[str, Any]:
+def verify(
+    written: Model, merged: Merged, model: Changed, ids: list[int], workers: Workers
+) -> dict[str, Any]:
     """Compare what was written with what was to be (`model`, made by `merged`), tensor by tensor in name,
     shape and dtype, all numbers finite, and in the logits of the tokens `ids`; return the figures.
 
@@ -110,26 +122,29 @@ def verify(written: Model, merged: Merged, model: Changed, ids: list[int], worke
     config = written.config()
     if config["vocab_size"] != model.meta(EMBED)[0][0]:
         raise _failed(f"config.json says vocab_size {config['vocab_size']:,}")
-    with Workers(workers) as pool:
-        if not knows(config):
-            _check_finite(written, list(written), pool)
-            return {"tensors": len(list(written)), "logits": None}
-        _check_finite(written, [EMBED, *(n for n in written if len(written.meta(n)[0]) != 2)], pool)
-        bar = track(
-            range(2 * config["num_hidden_layers"]), "verifying", 2 * config["num_hidden_layers"], "layers"
-        )
-        steps = iter(bar)
-        found = logits(Written(written, pool), config, ids, lambda: next(steps))
-        wanted = logits(Unmerged(merged, model, pool), config, ids, lambda: next(steps))
+    if not knows(config):
+        _check_finite(written, list(written), workers)
+        return {"tensors": len(list(written)), "logits": None}
+    _check_finite(written, [EMBED, *(n for n in written if len(written.meta(n)[0]) != 2)], workers)
+    bar = track(
+        range(2 * config["num_hidden_layers"]), "verifying", 2 * config["num_hidden_layers"], "layers"
+    )
+    steps = iter(bar)
+    found = logits(Written(written, workers), config, ids, lambda: next(steps))
+    wanted = logits(Unmerged(merged, model, workers), config, ids, lambda: next(steps))
     return {"tensors": len(list(written)), **_compared(found, wanted, written.meta(EMBED)[1])}
 
 
 def probe(directory: Path, rows: int) -> list[int]:
     """The first ids of the probe text for the tokenizer of a model; ids from all over its vocabulary where it
     has none."""
-    if not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-        return [index * rows // TOKENS for index in range(TOKENS)]
-    return open_readers(directory)[0].encode([PROBE])[0][:TOKENS]
+    if (directory / "tokenizer.model").is_file():
+        return encoder(read_model(directory / "tokenizer.model")).encode(PROBE)[:TOKENS]
+    if (directory / "tokenizer.json").is_file():
+        from chinese_llama.vocab.readers import fast_reader
+
+        return fast_reader(directory / "tokenizer.json").encode([PROBE])[0][:TOKENS]
+    return [index * rows // TOKENS for index in range(TOKENS)]
 
 
 def _check_shapes(written: Model, model: Changed) -> None:

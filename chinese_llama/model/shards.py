@@ -229,9 +229,9 @@ def block_of(model: Named, block: Block) -> torch.Tensor:
     return (model.rows(name, start, stop) if model.meta(name)[0] else model.load(name)).contiguous()
 
 
-def made(model: Named, todo: Sequence[Block], workers: int) -> Iterator[tuple[Block, torch.Tensor]]:
-    """The blocks `todo`, made by `workers` threads, in order."""
-    with Workers(workers) as pool:
+def made(model: Named, todo: Sequence[Block], workers: Workers | int) -> Iterator[tuple[Block, torch.Tensor]]:
+    """The blocks `todo`, made by the threads of `workers`, or by so many, in order."""
+    with contextlib.nullcontext(workers) if isinstance(workers, Workers) else Workers(workers) as pool:
         yield from zip(todo, pool.each(functools.partial(block_of, model), todo), strict=True)
 
 
@@ -247,7 +247,7 @@ def save_shards(
     model: Model,
     output: Path,
     what: str,
-    workers: int = 0,
+    workers: Workers | int = 0,
     hashed: Callable[[], Any] = hashlib.sha256,
     done: Hashes | None = None,
     finished: Callable[[Hashes], None] = lambda _: None,
@@ -255,7 +255,7 @@ def save_shards(
     """Write `model` into `output` as safetensors, divided as `parts` says, with an index; return the hash
     of each file.
 
-    `workers` threads make blocks (0: one for each processor). Files in `done` are there already;
+    Threads of `workers`, or so many (0: one for each processor), make blocks. Files in `done` are there already;
     `finished` is told what is there after every file.
     """
     parts = model.parts()

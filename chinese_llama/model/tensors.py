@@ -29,6 +29,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 CODES = {code: dtype for dtype, code in DTYPES.items()}
+SENT = 32 << 20  # bytes after which the system is told to begin to write them
 MAPPED = 32 << 20  # bytes that are read from a mapping before it is made anew
 Meta = tuple[tuple[int, ...], torch.dtype]
 
@@ -173,7 +174,7 @@ class SafetensorsWriter:
         self._head = len(text).to_bytes(8, "little") + text
 
     def __enter__(self) -> SafetensorsWriter:
-        self._stream = open(self.path, "wb", buffering=0)
+        self._stream, self._unsent = open(self.path, "wb", buffering=0), 0
         self.write(self._head)
         return self
 
@@ -186,6 +187,16 @@ class SafetensorsWriter:
         left = memoryview(data)
         while left:
             left = left[self._stream.write(left) :]
+        self._unsent += len(data)
+        if self._unsent >= SENT:
+            _send(self._stream.fileno(), self._stream.tell() - self._unsent, self._unsent)
+            self._unsent = 0
+
+
+def _send(handle: int, start: int, count: int) -> None:
+    """Have the system begin to write to the disk what it holds of a file, so that a later fsync finds little."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, start, count, os.POSIX_FADV_DONTNEED)
 
 
 def _first_line(error: Exception) -> str:
