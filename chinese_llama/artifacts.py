@@ -58,9 +58,22 @@ def read_manifest(directory: Path) -> Manifest | None:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         known = Manifest.__dataclass_fields__
-        return Manifest(**{key: value for key, value in raw.items() if key in known})
+        manifest = Manifest(**{key: value for key, value in raw.items() if key in known})
+        _check_manifest(manifest)
+        return manifest
     except (ValueError, TypeError, AttributeError) as error:
         raise BadFile(path, f"is not a manifest of this tool ({error})") from error
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Raise TypeError where a part is not of the kind that all readers take it for."""
+    for name in ("inputs", "settings", "metrics", "files"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise TypeError(f"{name} is no mapping")
+    for name, keys in (("inputs", {"path", "sha256"}), ("files", {"bytes", "mtime_ns"})):
+        for entry, record in getattr(manifest, name).items():
+            if not isinstance(record, dict) or not keys <= set(record):
+                raise TypeError(f"{name}: {entry} lacks {' or '.join(sorted(keys))}")
 
 
 def write_manifest(
@@ -196,7 +209,7 @@ def identity(path: Path) -> str:
 
 def input_record(path: Path) -> dict[str, str]:
     """What a manifest says of one input."""
-    return {"path": str(path), "sha256": identity(path)}
+    return {"path": str(Path(path).absolute()), "sha256": identity(path)}
 
 
 def _file_record(path: Path, hashes: dict[str, str] | None = None) -> dict[str, Any]:

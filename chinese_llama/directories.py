@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -34,6 +35,8 @@ def check_output(target: Path, force: bool) -> None:
         raise _unwritable(target, error) from error
     if target.is_file():
         raise OutputExists(f"{target} is a file; give a directory that does not exist yet.")
+    if os.path.ismount(target):
+        raise OutputExists(f"{target} is a mount point, which cannot be replaced; give a directory in it.")
     if target.is_dir() and Path.cwd().is_relative_to(target.resolve()):
         raise OutputExists(f"{target} is the directory that you are in; give another output directory.")
     if not target.is_dir() or not any(target.iterdir()):
@@ -68,30 +71,49 @@ def new_directory(
     Raises OutputExists (see `check_output`), UserError if it would replace one of the `inputs`, and UserError where nothing can be written. A target
     that `force` replaces stays until the new one is complete.
     """
-    target = Path(os.path.abspath(target))
+    target = whole_path(target)
     check_apart(target, inputs)
     check_output(target, force)
     created = _make_parents(target)
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    lock = None
     try:
         try:
             left = _clear_stale(target, adopt=resume is True)
             os.rename(left, partial) if left else partial.mkdir()
+            lock = _locked(partial)
+        except FileExistsError as error:
+            raise UserError(
+                f"{target} is being written by another process; wait, or give another output."
+            ) from error
         except OSError as error:
             raise _unwritable(target, error) from error
+        stood = target.exists()
         yield partial
         sync_tree(partial)
+        if not stood:
+            check_output(target, force)  # it may have appeared meanwhile
         _replace(partial, target)
     except BaseException as error:
         if resume is not None and isinstance(error, (KeyboardInterrupt, Interrupted)):
             raise
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:  # else it is another process's
+            shutil.rmtree(partial, ignore_errors=True)
         for parent in created:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         if disk_is_full(error):
             raise UserError(f"{target}: the disk is full; nothing was written.") from error
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def whole_path(target: Path) -> Path:
+    """`target` from the root; where it is a link to a directory, that directory, which then is replaced."""
+    target = Path(os.path.abspath(target))
+    return target.resolve() if os.path.islink(target) and target.is_dir() else target
 
 
 def disk_is_full(error: BaseException | None) -> bool:
@@ -109,10 +131,12 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Raise UserError if the disk of `target` has less than `needed` bytes free."""
-    place = next(
-        parent for parent in [Path(target).absolute(), *Path(target).absolute().parents] if parent.is_dir()
-    )
+    """Raise UserError if the disk of `target` has less than `needed` bytes free. What killed runs left beside it
+    counts as free: `new_directory` begins with it, or removes it."""
+    target = whole_path(target)
+    place = next(parent for parent in [target, *target.parents] if parent.is_dir())
+    left = _stale(target)["partial"] if target.parent.is_dir() else []
+    needed -= sum(file.lstat().st_size for part in left for file in part.rglob("*"))
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
@@ -153,12 +177,7 @@ def _unwritable(target: Path, error: OSError) -> UserError:
 def _clear_stale(target: Path, adopt: bool) -> Path | None:
     """Remove what killed runs of this tool left beside `target`, and put back what one had moved aside. With
     `adopt`, the newest unfinished directory among it is returned instead."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(partial|old)")
-    stale: dict[str, list[Path]] = {"partial": [], "old": []}
-    for left in target.parent.iterdir():
-        match = pattern.fullmatch(left.name)
-        if match and not _alive(int(match[1])):
-            stale[match[2]].append(left)
+    stale = _stale(target)
     for old in stale["old"]:
         if not target.exists():
             os.rename(old, target)
@@ -173,15 +192,36 @@ def _clear_stale(target: Path, adopt: bool) -> Path | None:
     return adopted
 
 
-def _alive(pid: int) -> bool:
-    """True for another process that runs; this one leaves nothing behind that it still needs."""
-    if pid == os.getpid():
-        return False
+def _stale(target: Path) -> dict[str, list[Path]]:
+    """What killed runs left beside `target`: "partial", unfinished, and "old", moved aside."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.\d+\.(partial|old)")
+    stale: dict[str, list[Path]] = {"partial": [], "old": []}
+    for left in target.parent.iterdir():
+        match = pattern.fullmatch(left.name)
+        if match and _abandoned(left):
+            stale[match[1]].append(left)
+    return stale
+
+
+def _locked(directory: Path) -> int:
+    """A handle that locks a directory for as long as it is open, and this process lives. Process numbers do not tell:
+    in containers two processes have the same. Raises BlockingIOError if it is locked."""
+    handle = os.open(directory, os.O_RDONLY)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _abandoned(place: Path) -> bool:
+    """Whether no process works in a directory (what is no directory was left by nobody who still needs it)."""
+    try:
+        os.close(_locked(place))
+    except BlockingIOError:
         return False
-    except PermissionError:
+    except OSError:
         return True
     return True
 
@@ -208,11 +248,18 @@ def sync(path: Path) -> None:
 def _replace(partial: Path, target: Path) -> None:
     """Rename `partial` to `target`; an old target is moved aside first and then removed."""
     old = target.parent / f".{target.name}.{os.getpid()}.old"
-    if target.exists() or target.is_symlink():
-        os.rename(target, old)
-    os.rename(partial, target)
-    sync(target.parent)
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink(missing_ok=True)
+    lock = (
+        _locked(target) if target.is_dir() and not target.is_symlink() else None
+    )  # nobody else puts it back
+    try:
+        if target.exists() or target.is_symlink():
+            os.rename(target, old)
+        os.rename(partial, target)
+        sync(target.parent)
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
+    finally:
+        if lock is not None:
+            os.close(lock)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chinese_llama import artifacts
 from chinese_llama.artifacts import (
     Manifest,
+    hash_ahead,
     identity,
     identity_files,
     input_record,
@@ -75,6 +79,11 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: bytes) -> None:
         (["adapter_config.json", "adapter_model.bin"], ["adapter_model.bin", "adapter_config.json"]),
         (["tokenizer.json", "tokenizer.model", "notes.txt"], ["tokenizer.json", "tokenizer.model"]),
         (["chinese_sp.model", "notes.txt"], ["chinese_sp.model"]),
+        (
+            ["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model", "checklist.chk"],
+            ["consolidated.00.pth", "consolidated.01.pth"],
+        ),
+        (["consolidated.00.pth", "model.safetensors"], ["model.safetensors"]),
     ],
 )
 def test_what_makes_up_an_identity(tmp_path: Path, files: list[str], wanted: list[str]) -> None:
@@ -158,3 +167,150 @@ def test_the_first_difference_is_named(tmp_path: Path, change: dict[str, Any], d
         OutputExists, match=f"a was made {difference}; .* make it again: chinese-llama .* --force"
     ):
         stands(tmp_path / "a", replace(found, **change), force=False)
+
+
+# --- hashes that are known, or remembered
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def shards(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.safetensors").write_bytes(name.encode())
+    return folder
+
+
+def test_known_hashes_are_not_computed_again(tmp_path: Path) -> None:
+    known = {"a.safetensors": {"sha256": "f" * 64}}
+    written = write_manifest(shards(tmp_path / "m"), Manifest("model", "test"), known)
+    assert written.files["a.safetensors"]["sha256"] == "f" * 64
+    assert written.files["b.safetensors"]["sha256"] == digest(b"b")
+    assert written.sha256 == identity(tmp_path / "m") != ""
+
+
+@pytest.mark.parametrize("other", [{"sha256": digest(b"b")}, {"xxh3_128": "0" * 32}, None])
+def test_without_sha256_the_identity_is_left_open_until_it_is_asked_for(
+    tmp_path: Path, other: dict[str, str] | None
+) -> None:
+    """What merge writes is hashed quickly; whatever is made from it reads it then."""
+    known = {"a.safetensors": {"xxh3_128": "1" * 32}} | ({"b.safetensors": other} if other else {})
+    written = write_manifest(shards(tmp_path / "m"), Manifest("model", "test"), known)
+    assert written.sha256 == ""
+    assert written == read_manifest(tmp_path / "m")
+    record = written.files["a.safetensors"]
+    assert (set(record), record["xxh3_128"]) == ({"bytes", "mtime_ns", "xxh3_128"}, "1" * 32)
+    plain = write_manifest(shards(tmp_path / "plain"), Manifest("model", "test"))
+    assert identity(tmp_path / "m") == plain.sha256
+    (tmp_path / "m" / "a.safetensors").write_bytes(b"A")
+    assert identity(tmp_path / "m") != plain.sha256
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where hashes are remembered; of files from 1000 bytes on, and nothing is yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(artifacts, "LARGE", 1000)
+    monkeypatch.setattr(artifacts, "_hashed", {})
+    return tmp_path / "cache" / "chinese_llama" / "sha256"
+
+
+def old(file: Path, content: bytes) -> Path:
+    """A file that was written long ago."""
+    file.write_bytes(content)
+    os.utime(file, (10**9, 10**9))
+    return file
+
+
+def forget() -> None:
+    """What a new process has: nothing in memory."""
+    artifacts._hashed.clear()
+
+
+def test_hashes_of_large_files_are_remembered(cache: Path, tmp_path: Path) -> None:
+    file = old(tmp_path / "large", b"x" * 1000)
+    assert identity(file) == digest(b"x" * 1000)
+    (entry,) = cache.iterdir()
+    assert entry.read_text() == identity(file)
+    entry.write_text("f" * 64)
+    assert identity(file) == digest(b"x" * 1000)  # this process knows it
+    forget()
+    assert identity(file) == "f" * 64  # another one takes it from there
+    entry.write_text("damaged")
+    forget()
+    assert identity(file) == digest(b"x" * 1000) == entry.read_text()
+
+
+def test_a_file_that_changed_is_hashed_anew(cache: Path, tmp_path: Path) -> None:
+    """Also with the same size and time."""
+    file = old(tmp_path / "large", b"x" * 1000)
+    before = identity(file)
+    forget()
+    assert identity(old(file, b"y" * 1000)) == digest(b"y" * 1000) != before
+    other = old(tmp_path / "other", b"x" * 1000)
+    assert identity(other) == before
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_small_and_fresh_files_are_not_remembered(cache: Path, tmp_path: Path) -> None:
+    """A file that was just written may be written still, within the same tick of the clock."""
+    assert identity(old(tmp_path / "small", b"x" * 999)) == digest(b"x" * 999)
+    (tmp_path / "fresh").write_bytes(b"x" * 1000)
+    assert identity(tmp_path / "fresh") == digest(b"x" * 1000)
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert identity(old(tmp_path / "large", b"x" * 1000)) == digest(b"x" * 1000)
+
+
+def test_without_xdg_cache_home_it_is_in_the_home(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in (None, ""):
+        monkeypatch.delenv("XDG_CACHE_HOME") if value is None else monkeypatch.setenv("XDG_CACHE_HOME", value)
+        monkeypatch.setenv("HOME", str(tmp_path / f"home{value}"))
+        forget()
+        identity(old(tmp_path / "large", b"x" * 1000))
+        assert len(list((tmp_path / f"home{value}" / ".cache" / "chinese_llama" / "sha256").iterdir())) == 1
+    assert not cache.exists()
+
+
+def test_hashes_are_computed_ahead(cache: Path, tmp_path: Path) -> None:
+    """And what is missing is said only by who asks for it."""
+    file = old(tmp_path / "large", b"x" * 1000)
+    folder = shards(tmp_path / "m")
+    before = set(threading.enumerate())
+    hash_ahead([file, folder, tmp_path / "missing"])
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    assert [entry.read_text() for entry in cache.iterdir()] == [digest(b"x" * 1000)]
+    assert len(artifacts._hashed) == 3
+    assert identity(file) == digest(b"x" * 1000)
+    with pytest.raises(BadFile, match="missing: no such"):
+        identity(tmp_path / "missing")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
+def test_an_error_is_not_kept_as_if_it_were_a_hash(cache: Path) -> None:
+    """Of a file that is there and cannot be read, whoever runs this."""
+    hash_ahead([Path("/proc/self/mem")])
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            identity(Path("/proc/self/mem"))
+    assert artifacts._hashed == {}
+
+
+def test_many_threads_hash_a_file_once(cache: Path, tmp_path: Path) -> None:
+    file = old(tmp_path / "large", bytes(5_000_000))
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.append(identity(file))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [digest(bytes(5_000_000))] * 8
+    assert len(artifacts._hashed) == len(list(cache.iterdir())) == 1

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
 
-from chinese_llama.directories import MANIFEST, new_directory, write_text
-from chinese_llama.errors import OutputExists, UserError
+from chinese_llama.directories import MANIFEST, check_output, check_space, new_directory, write_text
+from chinese_llama.errors import Interrupted, OutputExists, UserError
 
 DEAD = 2**22 + 1  # above the largest process id that Linux gives
 
@@ -98,6 +102,26 @@ def test_what_cannot_be_written_is_said(tmp_path: Path, below: str) -> None:
     assert names(tmp_path) == ["file"]
 
 
+def leave(target: Path, pid: int, text: str = "half", age: int = 0) -> Path:
+    """An unfinished directory of another process, `age` seconds old."""
+    partial = target.parent / f".{target.name}.{pid}.partial"
+    partial.mkdir(parents=True)
+    (partial / "half").write_text(text)
+    os.utime(partial, (10**9 - age, 10**9 - age))
+    return partial
+
+
+@contextlib.contextmanager
+def worked_in(directory: Path) -> Iterator[None]:
+    """A process works in the directory as long as this is open."""
+    handle = os.open(directory, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match="the disk is full; nothing was written"),
@@ -112,11 +136,46 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path: Path, name: str) -> None
     leftover = tmp_path / f".{name}.{DEAD}.partial"
     leftover.mkdir()
     (leftover / "half").write_text("x")
-    kept = [f".other.{DEAD}.partial", f".{name}.{os.getppid()}.partial"]
+    kept = [f".other.{DEAD}.partial", f".{name}.{DEAD + 1}.partial"]
     for other in kept:
         (tmp_path / other).mkdir()
-    make(tmp_path / name)
+    with worked_in(tmp_path / kept[1]):
+        make(tmp_path / name)
     assert set(names(tmp_path)) == {name, *kept}
+
+
+def test_two_processes_of_one_number_do_not_meet(tmp_path: Path) -> None:
+    """Containers that share a volume: the other one's work is left alone, and so is its number's place."""
+    other = leave(tmp_path / "a", os.getpid())
+    with (
+        worked_in(other),
+        pytest.raises(UserError, match="a is being written by another process; wait, or"),
+        new_directory(tmp_path / "a"),
+    ):
+        pass
+    assert names(other) == ["half"]
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(OutputExists, match="a exists"), new_directory(tmp_path / "a"):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "file").write_text("another's")
+    assert (tmp_path / "a" / "file").read_text() == "another's"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "large")
+    make(tmp_path / "a")
+    assert (tmp_path / "a").is_symlink()
+    assert (tmp_path / "large" / "file").is_file()
+    assert names(tmp_path) == ["a", "large"]
+
+
+def test_a_mount_point_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(OutputExists, match=r"/proc is a mount point, .*; give a directory in it"):
+        check_output(Path("/proc"), force=True)
 
 
 @pytest.mark.parametrize("leftover", [".a.{own}.partial", ".a.{dead}.old"])
@@ -205,3 +264,118 @@ def test_leftovers_of_another_output_with_a_longer_name_stay(tmp_path: Path) -> 
     with new_directory(tmp_path / "a") as partial:
         (partial / "file").write_text("x")
     assert left.is_dir()
+
+
+# --- what is stopped, and gone on with
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("stopped")])
+@pytest.mark.parametrize("resume", [True, False])
+def test_stopped_work_that_can_be_resumed_stays(tmp_path: Path, error: BaseException, resume: bool) -> None:
+    target = tmp_path / "new" / "a"
+    with pytest.raises(type(error)), new_directory(target, resume=resume) as partial:
+        (partial / "half").write_text("x")
+        raise error
+    assert names(tmp_path / "new") == [partial.name]
+    with new_directory(target, resume=True) as partial:
+        assert names(partial) == ["half"]
+        (partial / "whole").write_text("x")
+    assert names(tmp_path / "new") == ["a"]
+    assert names(target) == ["half", "whole"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_failed_work_goes_even_if_it_could_be_resumed(tmp_path: Path, resume: bool) -> None:
+    leave(tmp_path / "a", DEAD)
+    with pytest.raises(UserError, match="no"), new_directory(tmp_path / "a", resume=resume):
+        raise UserError("no")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("resume", [None, False])
+def test_only_resume_takes_what_was_left(tmp_path: Path, resume: bool | None) -> None:
+    leave(tmp_path / "a", DEAD)
+    with new_directory(tmp_path / "a", resume=resume) as partial:
+        assert names(partial) == []
+        assert names(tmp_path) == [partial.name]
+
+
+def test_the_newest_is_taken_and_the_others_go(tmp_path: Path) -> None:
+    """A file or a link in its place is nothing to go on with; nor is another output's work."""
+    for number, age in enumerate((5, 1, 9)):
+        leave(tmp_path / "a", DEAD + number, f"{age}", age)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("x")
+    (tmp_path / f".a.{DEAD + 8}.partial").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / f".a.{DEAD + 9}.partial").write_text("x")
+    other, running = leave(tmp_path / "a.b", DEAD), leave(tmp_path / "a", DEAD + 20)
+    with worked_in(running), new_directory(tmp_path / "a", resume=True) as partial:
+        assert (partial / "half").read_text() == "1"
+    assert set(names(tmp_path)) == {"a", "elsewhere", other.name, running.name}
+    assert names(tmp_path / "elsewhere") == ["mine"]
+
+
+def test_resume_puts_back_a_result_that_was_moved_aside(tmp_path: Path) -> None:
+    """A stop between the two renames: the old result stands again while the new one is finished."""
+    make(tmp_path / "a", "old")
+    (tmp_path / "a").rename(tmp_path / f".a.{DEAD}.old")
+    leave(tmp_path / "a", DEAD)
+    with new_directory(tmp_path / "a", resume=True) as partial:
+        assert (tmp_path / "a" / "file").read_text() == "old"
+        assert names(partial) == ["half"]
+    assert names(tmp_path / "a") == ["half"]
+    assert names(tmp_path) == ["a"]
+
+
+def test_resume_with_the_same_process_id(tmp_path: Path) -> None:
+    """In a container every run has it."""
+    leave(tmp_path / "a", os.getpid())
+    with new_directory(tmp_path / "a", resume=True) as partial:
+        assert names(partial) == ["half"]
+    assert names(tmp_path) == ["a"]
+
+
+# --- space
+
+
+def free(monkeypatch: pytest.MonkeyPatch, count: int) -> list[Path]:
+    """Make every disk have so many bytes free; returns the places that are asked for."""
+    asked: list[Path] = []
+    usage = shutil.disk_usage("/")._replace(free=count)
+
+    def told(place: Path) -> object:
+        asked.append(place)
+        return usage
+
+    monkeypatch.setattr(shutil, "disk_usage", told)
+    return asked
+
+
+def test_space_is_that_of_the_disk_that_will_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = free(monkeypatch, 1000)
+    monkeypatch.chdir(tmp_path)
+    check_space(tmp_path / "new" / "deep" / "a", 1000)
+    check_space(Path("a"), 1000)
+    assert asked == [tmp_path, tmp_path]
+    with pytest.raises(
+        UserError, match=r"a: 2\.0 GB are to be written, and the disk has 0\.0 GB free; free some"
+    ):
+        check_space(Path("a"), 2 * 10**9)
+    assert names(tmp_path) == []
+
+
+def test_space_that_leftovers_take_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what was moved aside, which may be put back, nor the work of a process that runs."""
+    free(monkeypatch, 1000)
+    for pid in (DEAD, DEAD + 1, DEAD + 2):
+        leave(tmp_path / "a", pid, "x" * 100)
+    (tmp_path / f".a.{DEAD}.old").mkdir()
+    (tmp_path / f".a.{DEAD}.old" / "file").write_text("x" * 500)
+    before = names(tmp_path)
+    with worked_in(tmp_path / f".a.{DEAD + 2}.partial"):
+        check_space(tmp_path / "a", 1200)
+        with pytest.raises(UserError, match="are to be written"):
+            check_space(tmp_path / "a", 1201)
+    assert names(tmp_path) == before

@@ -195,7 +195,13 @@ def adapter(folder: Path, width: int) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir()
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    settings = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [0],
+    }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     tensors = {f"{stem}A.weight": torch.ones(4, width), f"{stem}B.weight": torch.ones(32, 4)}

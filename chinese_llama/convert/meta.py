@@ -168,7 +168,7 @@ class MetaWeights:
         dtype = self.files[0].meta(TOKENS)[1]
         config = hf_config(self.params, self._sizes, dtype, context_of(self.params, dtype))
         manifest = read_manifest(self.directory)
-        kept = manifest.settings.get("hf", {}) if manifest else {}
+        kept = {**manifest.metrics, **manifest.settings}.get("hf", {}) if manifest else {}
         config |= {name: kept[name] for name in KEPT if kept.get(name) is not None}
         return config | ({"max_position_embeddings": self.context} if self.context else {})
 

@@ -154,6 +154,41 @@ class ByMeta:
         return name, (shape, dtype)
 
 
+class Restored:
+    """What `save_meta` wrote of `model`, by the names of the model: without the output of one that is tied, and
+    with the buffers that Meta's form has no place for."""
+
+    def __init__(self, written: Model, model: Model) -> None:
+        self.written, self.model = written, model
+        self.tied = bool(model.config().get("tie_word_embeddings"))
+        buffers = [name for name in model if COMPUTED.fullmatch(name)]
+        self._names = [name for name in written if not (self.tied and name == HEAD)] + buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def meta(self, name: str) -> Meta:
+        return self._place(name).meta(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._place(name).rows(name, start, stop)
+
+    def load(self, name: str) -> torch.Tensor:
+        return self._place(name).load(name)
+
+    def config(self) -> dict[str, Any]:
+        return {**self.written.config(), "tie_word_embeddings": self.tied}
+
+    def parts(self) -> list[list[str]]:
+        return [self._names]
+
+    def _place(self, name: str) -> Model:
+        return self.written if name in self.written else self.model
+
+
 def shard_count(named: ByMeta, asked: int | None, like: dict[str, Any] | None) -> int:
     """How many shards to write. Raises DoesNotFit where the model does not divide into as many."""
     count = asked or (like or {}).get("shards") or SHARDS.get(named.sizes.dim, 1)

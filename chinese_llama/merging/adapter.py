@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Adapter:
     def parents(self) -> list[str]:
         """sha256 of the adapters that were baked in below this one while it was trained."""
         inputs = self.manifest.inputs if self.manifest else {}
-        roles = [role for role in inputs if role.startswith("parent:")]
+        roles = [role for role in inputs if re.fullmatch(r"parent:\d+", role)]
         return [inputs[role]["sha256"] for role in sorted(roles, key=lambda role: int(role[7:]))]
 
     @property
@@ -90,7 +91,7 @@ def resolve(item: str, found: workspace.Workspace | None, root: Path | None = No
 
 def _found(item: str, found: workspace.Workspace | None, root: Path) -> Adapter:
     name, has_place, place = item.partition("=")
-    if has_place:
+    if has_place and not (root / item).is_dir():
         if not (name.strip() and place.strip()):
             raise UserError(f"{item!r}: write name=directory.")
         return load(name.strip(), _place(place.strip(), root))
@@ -145,7 +146,7 @@ def load(name: str, path: Path) -> Adapter:
     if not any((path / file).is_file() for file in ADAPTER_FILES):
         raise BadFile(path, "has no adapter_model.safetensors or adapter_model.bin.")
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(config.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise BadFile(config, f"is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
@@ -153,7 +154,43 @@ def load(name: str, path: Path) -> Adapter:
     kind = content.get("peft_type")
     if kind != "LORA":
         raise BadFile(config, f"is an adapter of type {kind}; only LORA adapters can be merged.")
+    try:
+        _check_config(content)
+    except (ValueError, TypeError) as error:
+        raise BadFile(config, f"{error}.") from error
     return Adapter(name, path, content, read_manifest(path))
+
+
+def _check_config(content: dict[str, Any]) -> None:
+    """Fill in PEFT's defaults, and raise ValueError or TypeError for what cannot be meant."""
+    for key in ("r", "lora_alpha"):
+        content.setdefault(key, 8)
+        _number(key, content[key], whole=key == "r")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = content.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise TypeError(f"{key} must be a mapping of names to numbers")
+        for pattern, value in patterns.items():
+            _number(f"{key}: {pattern}", value, whole=key == "rank_pattern")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{key}: {pattern!r} is no pattern ({error})") from error
+    for key in ("use_rslora", "use_dora", "fan_in_fan_out"):
+        if not isinstance(content.get(key), (bool, type(None))):
+            raise TypeError(f"{key} must be true or false, not {content[key]!r}")
+    indices = content.get("trainable_token_indices") or []
+    for ids in indices.values() if isinstance(indices, dict) else [indices]:
+        if not (isinstance(ids, list) and all(isinstance(i, int) and i >= 0 for i in ids)):
+            raise TypeError("trainable_token_indices must be lists of token ids")
+        if len(set(ids)) < len(ids):
+            raise ValueError("trainable_token_indices names a token id twice")
+
+
+def _number(key: str, value: Any, whole: bool) -> None:
+    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not fits or not 0 <= value < 2**31 or (whole and value == 0):
+        raise ValueError(f"{key} must be a {'whole ' if whole else ''}number, not {value!r}")
 
 
 def recognise(adapter: Adapter) -> None:

@@ -19,7 +19,8 @@ TYPES = ("llama", "mistral", "qwen2")  # model_type
 
 
 class Source(Protocol):
-    """Where the weights are."""
+    """Where the weights are. What it gives may be of several sequences of the same tokens, one behind the other
+    (of several models); `tokens` are then those of all of them."""
 
     def embed(self, ids: list[int]) -> torch.Tensor:
         """Input rows, [tokens, hidden]."""
@@ -28,22 +29,33 @@ class Source(Protocol):
         """x [tokens, in] times the transposed weight `name` [out, in], plus its bias: [tokens, out]."""
 
     def vector(self, name: str) -> torch.Tensor:
-        """A weight of one dimension."""
+        """A weight of one dimension, [hidden], or for each token its own, [tokens, hidden]."""
 
 
 def knows(config: dict[str, Any]) -> bool:
-    """Whether `logits` computes what a model of this configuration does."""
-    return config.get("model_type") in TYPES and _rope(config).get("rope_type") in (
-        "default",
-        "linear",
-        "llama3",
+    """Whether `logits` computes what models of this kind do."""
+    rope = _rope(config)
+    return (
+        config.get("model_type") in TYPES
+        and config.get("hidden_act", "silu") == "silu"
+        and rope["rope_type"] in ("default", "linear", "llama3")
+        and isinstance(rope["rope_theta"], (int, float))
     )
+
+
+def sized(config: dict[str, Any]) -> bool:
+    """Whether the sizes that `logits` needs are there."""
+    heads = config.get("num_attention_heads") or 0
+    groups = config.get("num_key_value_heads") or heads
+    counts = [heads, groups, config.get("hidden_size"), config.get("num_hidden_layers")]
+    return all(isinstance(count, int) and count > 0 for count in counts) and heads % groups == 0
 
 
 def logits(
     source: Source, config: dict[str, Any], ids: list[int], seen: Callable[[], object]
 ) -> torch.Tensor:
-    """The logits [tokens, vocab] of one sequence; `seen` is called after each layer."""
+    """The logits [tokens, vocab] of the sequence `ids`, or of several of them (see `Source`); `seen` is called
+    after each layer."""
     x = source.embed(ids)
     cos, sin = _rotary(config, len(ids))
     for layer in range(config["num_hidden_layers"]):
@@ -60,7 +72,7 @@ def logits(
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]) * weight
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.get("rms_norm_eps", 1e-6)) * weight
 
 
 def _attention(
@@ -70,14 +82,15 @@ def _attention(
         config["num_attention_heads"],
         config.get("num_key_value_heads") or config["num_attention_heads"],
     )
+    size = cos.shape[1]
     q, k, v = (
-        source.linear(f"{name}.{part}_proj.weight", x).view(len(x), count, -1).transpose(0, 1)
+        source.linear(f"{name}.{part}_proj.weight", x).view(-1, len(cos), count, size).transpose(1, 2)
         for part, count in (("q", heads), ("k", groups), ("v", groups))
     )
     q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
-    k, v = (t.repeat_interleave(heads // groups, dim=0) for t in (k, v))
+    k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return source.linear(f"{name}.o_proj.weight", out.transpose(0, 1).reshape(len(x), -1))
+    return source.linear(f"{name}.o_proj.weight", out.transpose(1, 2).reshape(len(x), -1))
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -88,6 +101,8 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """The rotary settings, where transformers 4 and 5 keep them."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        return {"rope_type": "unknown", "rope_theta": None}
     kind = found.get("rope_type") or found.get("type") or "default"
     return {"rope_theta": config.get("rope_theta", 10_000.0), **found, "rope_type": kind}
 

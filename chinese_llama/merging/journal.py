@@ -31,10 +31,7 @@ class Journal:
         for place in directory.iterdir():
             if place.name not in self.files:
                 shutil.rmtree(place) if place.is_dir() else place.unlink()
-
-    def bytes(self) -> int:
-        """Bytes of the finished files."""
-        return sum((self.directory / name).stat().st_size for name in self.files)
+        self.note(self.files)
 
     def _left(self) -> Hashes:
         if not (self.directory / FILE).is_file():

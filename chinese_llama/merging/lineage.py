@@ -8,6 +8,7 @@ sum is still what it says, if not what was trained.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -287,7 +288,8 @@ def _histories(base: Path) -> list[History]:
     manifest = read_manifest(base) if base.is_dir() else None
     if manifest is None or manifest.command != "merge" or "base" not in manifest.inputs:
         return found
-    roles = sorted((r for r in manifest.inputs if r.startswith("adapter:")), key=lambda role: int(role[8:]))
+    roles = [role for role in manifest.inputs if re.fullmatch(r"adapter:\d+", role)]
+    roles.sort(key=lambda role: int(role[8:]))
     adapters = [manifest.inputs[role]["sha256"] for role in roles]
     names = [str(name) for name in manifest.settings.get("loras", [])]
     if len(names) != len(adapters):

@@ -85,12 +85,15 @@ class Rows:
     part: Tensors
     name: str
 
+    def __post_init__(self) -> None:
+        ids, self.key = self.part.rows[self.name]
+        self.ids = torch.tensor(ids)
+
     def apply(self, total: torch.Tensor, start: int) -> None:
-        ids, key = self.part.rows[self.name]
-        here = [place for place, row in enumerate(ids) if start <= row < start + len(total)]
+        here = ((self.ids >= start) & (self.ids < start + len(total))).nonzero()[:, 0].tolist()
         for first, last in _runs(here):
-            wanted = torch.tensor(ids[first:last]) - start
-            total[wanted] = self.part.file.rows(key, first, last).float()
+            wanted = self.ids[first:last] - start
+            total[wanted] = self.part.file.rows(self.key, first, last).float()
 
 
 @dataclass
@@ -150,17 +153,23 @@ class Merged:
         """Rows [start, stop) of a weight of that shape, rounded once to `dtype`. Raises BadFile or UserError
         where a value is not finite."""
         if self.together(name):
-            with self._lock:
-                total = self._whole(name, shape, 0, shape[0])[start:stop]
-            return self._rounded(name, total, dtype)
+            return self._rounded(name, self.exact(name, shape, start, stop), dtype)
         tile, found = max(1, TILE // max(1, torch.Size(shape[1:]).numel())), []
         for first in range(start - start % tile, stop, tile):
             total = self.total(name, shape, first, min(first + tile, shape[0]))
             found.append(self._rounded(name, total[max(0, start - first) : stop - first], dtype))
         return torch.cat(found) if len(found) != 1 else found[0]
 
+    def exact(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a weight of that shape before they are rounded, [rows, ...] in float32; not to be
+        changed."""
+        if not self.together(name):
+            return self.total(name, shape, start, stop)
+        with self._lock:
+            return self._whole(name, shape, 0, shape[0])[start:stop]
+
     def total(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a weight of that shape before they are rounded, [rows, ...] in float32."""
+        """`exact`, but what looks at whole weights sees these rows only; the caller's own memory."""
         total = self.below(name, shape, start, stop)
         for operation in self.operations(name):
             operation.apply(total, start)
@@ -169,11 +178,9 @@ class Merged:
     def below(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
         """What `total` begins with: rows of the base in float32; zeros where it has none, or where an
         adapter brings all of them."""
-        have = (
-            0
-            if _covers(self.operations(name), self.source.meta(name)[0][0])
-            else self.source.meta(name)[0][0]
-        )
+        have = self.source.meta(name)[0][0]
+        if _covers(self.operations(name), have):
+            have = 0
         if stop <= have:
             return self.source.rows(name, start, stop).to(torch.float32, copy=True)
         below = torch.zeros((stop - start, *shape[1:]), dtype=torch.float32)
@@ -192,12 +199,13 @@ class Merged:
         found: list[Operation] = []
         have = self.source.meta(name)[0][0]
         for loaded in self.steps:
-            own = [_operations(part, name) for part in loaded.parts]
+            own = [_operations(part, name, part.adapter.weight) for part in loaded.parts]
             if loaded.step.method == "linear" and all(isinstance(o, Add) for ops in own for o in ops):
                 found += [operation for operations in own for operation in operations]
             elif len(own) == 1:
                 found = own[0] if _covers(own[0], have) else found + own[0]
             elif any(own):
+                own = [_operations(part, name, 1.0) for part in loaded.parts]  # the method weighs them
                 seed = loaded.step.seed ^ zlib.crc32(name.encode())
                 found.append(Combine(own, loaded.step, have, seed))
             have = max([have, *(p.matrix(name)[0][0] for p in loaded.parts if name in p.matrices)])
@@ -207,7 +215,7 @@ class Merged:
         kind = torch.finfo(dtype)
         bound = kind.max * (1 + kind.eps / 4)  # what lies below still rounds to the largest number
         flat = total.reshape(-1)
-        if not torch.dot(flat, flat) < bound**2:  # a third of the time of looking at each number
+        if not torch.dot(flat, flat) < min(bound, 1e18) ** 2:  # a third of the time of looking at each number
             low, high = torch.aminmax(flat)
             if not (-bound < low and high < bound):
                 raise self._blame(name, dtype)
@@ -229,9 +237,9 @@ def _covers(operations: Sequence[Operation], count: int) -> bool:
     return bool(operations) and isinstance(operations[0], Whole) and operations[0].count >= count
 
 
-def _operations(part: Tensors, name: str) -> list[Operation]:
-    """What one adapter does to a weight, in the order in which it does it."""
-    weight, found = part.adapter.weight, list[Operation]()
+def _operations(part: Tensors, name: str, weight: float) -> list[Operation]:
+    """What one adapter of that weight does to a weight of the model, in the order in which it does it."""
+    found = list[Operation]()
     if name in part.matrices:
         found.append(Whole(part, name))
     if name in part.pairs:

@@ -20,11 +20,17 @@ from chinese_llama.artifacts import (
     write_manifest,
 )
 from chinese_llama.convert.convert import layout_of
-from chinese_llama.convert.meta import MetaWeights, open_model
-from chinese_llama.convert.write import save_meta
+from chinese_llama.convert.meta import MetaWeights, is_meta, open_model
+from chinese_llama.convert.write import Restored, save_meta
 from chinese_llama.directories import check_output, check_space, new_directory, write_text
 from chinese_llama.errors import Interrupted
-from chinese_llama.merging.belongings import card, check_tokenizer, tokenizer_of, write_belongings
+from chinese_llama.merging.belongings import (
+    card,
+    check_tokenizer,
+    kept_settings,
+    tokenizer_of,
+    write_belongings,
+)
 from chinese_llama.merging.fit import check_fit
 from chinese_llama.merging.journal import Journal
 from chinese_llama.merging.merged import Loaded, Merged
@@ -41,13 +47,13 @@ from chinese_llama.progress import say
 class Options:
     """How a merge is done. `dtype`: of the result (None: the base's); `format`: hf or meta; `workers`: threads
     that compute (0: one for each processor); `verify`: re-read the result and compare its logits; `resume`: go on
-    with what a broken merge left; `force`: replace an output, and merge in spite of the lineage."""
+    with what a broken merge left (None: leave nothing to go on with); `force`: replace an output, and merge in spite of the lineage."""
 
     dtype: str | None = None
     format: str = "hf"
     workers: int = 0
     verify: bool = True
-    resume: bool = False
+    resume: bool | None = False
     force: bool = False
 
 
@@ -64,15 +70,18 @@ class Work:
         self.forced = check_lineage(base, steps, options.force)
         self.source = open_model(base)
         self.loaded = load_steps(steps)
-        self.rows = check_fit(self.source, base, self.loaded)
+        self.rows = check_fit(self.source, base, self.loaded, self.forced if options.force else None)
         self.merged = Merged(self.source, self.loaded)
         dtype = getattr(torch, options.dtype) if options.dtype else None
         self.changes = self.merged.changes(self.rows, dtype)
         self.model = Changed(self.source, self.changes)
-        own = self.source.tokenizer if isinstance(self.source, MetaWeights) else None
-        self.tokenizer = tokenizer_of(base, [a for step in steps for a in step.adapters]) or own
+        own = self.source.tokenizer if isinstance(self.source, MetaWeights) else None  # it may lie above
+        found = tokenizer_of(base, [a for step in steps for a in step.adapters])
+        self.tokenizer = found or (own.parent if own else None)
+        below = read_manifest(base)
+        padded = below.vocab_size if below and below.metrics.get("rows") == self.rows else None
         self.vocab_size = (
-            check_tokenizer(self.tokenizer, self.rows, "the merged model") if self.tokenizer else None
+            check_tokenizer(self.tokenizer, self.rows, "the merged model", padded) if self.tokenizer else None
         )
         self.bytes = sum(nbytes(*self.model.meta(name)) for name in self.model)
 
@@ -88,7 +97,7 @@ class Work:
             self.model,
             directory,
             "merging",
-            self.options.workers,
+            workers,
             xxhash.xxh3_128,
             journal.files,
             journal.note,
@@ -97,7 +106,10 @@ class Work:
     def verified(self, directory: Path, workers: Workers) -> dict[str, Any]:
         """Figures of what was written (see `verify`)."""
         ids = probe(directory, self.rows)
-        return verify(open_model(directory), self.merged, self.model, ids, workers)
+        written = open_model(directory)
+        if self.options.format == "meta":
+            written = Restored(written, self.model)
+        return verify(written, self.merged, self.model, ids, workers)
 
 
 def merge(
@@ -124,21 +136,25 @@ def merge(
         say(f"Merged all the same (--force): {sentence}")
     manifest.vocab_size, manifest.metrics = work.vocab_size, _metrics(work)
     check_space(output, work.bytes)
+    resume = None if options.format == "meta" else options.resume  # Meta's files are all finished at the end
     try:
         with (
-            new_directory(output, options.force, places.values(), resume=options.resume) as partial,
+            new_directory(output, options.force, places.values(), resume=resume) as partial,
             Workers(options.workers) as workers,
         ):
             journal = Journal(partial, _fingerprint(places, manifest.settings))
-            check_space(output, work.bytes - journal.bytes())
             hashes = work.write(partial, journal, workers)
-            journal.remove()
+            if options.format == "meta":
+                manifest.metrics["hf"] = kept_settings(work.source, partial)
             if options.verify:
                 manifest.metrics["verified"] = work.verified(partial, workers)
             write_text(partial / "README.md", card(base, steps, told(manifest.metrics.get("verified"))))
             manifest.inputs = {role: input_record(place) for role, place in places.items()}
             write_manifest(partial, manifest, hashes)
+            journal.remove()
     except KeyboardInterrupt as error:
+        if resume is None:
+            raise
         raise Interrupted(
             "Stopped; what is finished is kept beside the output, and the same command with --resume goes on from it."
         ) from error
@@ -161,7 +177,9 @@ def _settings(base: Path, steps: Sequence[Step], options: Options) -> dict[str, 
     ]
     settings |= {"dtype": options.dtype, "format": options.format}
     below = read_manifest(base)
-    if below and "meta" in below.settings:  # what Meta's files were like, for the way back
+    if is_meta(base):  # what Meta's files are or were like, for the way back
+        settings["meta"] = MetaWeights(base).layout()
+    elif below and "meta" in below.settings:
         settings["meta"] = below.settings["meta"]
     return settings
 

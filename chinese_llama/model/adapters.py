@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from chinese_llama.errors import BadFile
 from chinese_llama.merging.delta import Factors, scale_of
 from chinese_llama.merging.plan import Adapter, check_mergeable
@@ -134,6 +136,17 @@ def _pair(found: Tensors, module: str, half: dict[str, str]) -> None:
         raise BadFile(
             file.file,
             f"{module}: LoRA shapes {shapes[0]} and {shapes[1]} are not of rank {rank} (adapter_config.json).",
+        )
+    magnitude = file.meta(half["magnitude"])[0] if "magnitude" in half else None
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        said = "says use_dora" if magnitude is None else "does not say use_dora"
+        raise BadFile(
+            file.file,
+            f"{module} has {'no' if magnitude is None else 'a'} magnitude, and adapter_config.json {said}.",
+        )
+    if magnitude is not None and torch.Size(magnitude).numel() != shapes[1][0]:
+        raise BadFile(
+            file.file, f"{module} has {torch.Size(magnitude).numel()} magnitudes for {shapes[1][0]} rows."
         )
     scale = scale_of(alpha, rank, bool(config.get("use_rslora")))
     found.pairs[f"{module}.weight"] = Pair(a, b, scale, half.get("magnitude"), embedding)

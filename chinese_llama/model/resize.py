@@ -25,6 +25,10 @@ from chinese_llama.vocab.fast import write_tokenizer
 from chinese_llama.vocab.proto import read_model
 from chinese_llama.vocab.readers import Reader, open_readers
 
+WEIGHTS = (
+    *(".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".ot"),
+    ".onnx_data",
+)
 DEFAULT, DISTILL = "asymmetric", "distill"
 
 
@@ -194,9 +198,8 @@ def copy_other_files(source: Path, target: Path) -> None:
     old = ("added_tokens.json", "vocab.json", "merges.txt")  # of the tokenizer that is replaced
     skip = {MANIFEST, "README.md", "config.json", *old, *TOKENIZER_FILES}
     for file in sorted(source.iterdir()):
-        is_weights = file.suffix in (".safetensors", ".bin", ".pth", ".pt") or file.name.endswith(
-            ".index.json"
-        )
+        is_weights = file.suffix in WEIGHTS or file.name.endswith(".index.json")
+        is_weights = is_weights or file.name.startswith("adapter_")  # transformers would look for an adapter
         if file.is_file() and file.name not in skip and not is_weights and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
 
@@ -211,6 +214,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         write_tokenizer(target, read_model(directory / "tokenizer.model"), _pad_token(directory))
         if (directory / "chat_template.jinja").is_file():
             shutil.copyfile(directory / "chat_template.jinja", target / "chat_template.jinja")
+        elif template := _old_template(directory):
+            save_chat_template(target, template)
         return
     source = directory
     for name in TOKENIZER_FILES:
@@ -227,6 +232,17 @@ def save_chat_template(directory: Path, template: str) -> None:
     write_text(directory / "chat_template.jinja", template)
     config = {**read_json(directory / "tokenizer_config.json"), "split_special_tokens": False}
     write_text(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1) + "\n")
+
+
+def _old_template(directory: Path) -> str | None:
+    """The chat template that older versions keep in tokenizer_config.json; of several, the default one."""
+    file = directory / "tokenizer_config.json"
+    found = read_json(file).get("chat_template") if file.is_file() else None
+    if isinstance(found, list):
+        found = next(
+            (t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None
+        )
+    return found if isinstance(found, str) else None
 
 
 def _pad_token(directory: Path) -> str | None:

@@ -79,39 +79,50 @@ class Weights:
         self.directory = Path(directory)
         if not (self.directory / "config.json").is_file():
             raise BadFile(self.directory, "is not a model directory (no config.json).")
-        self.shards = {file: open_tensors(file) for file in self._files()}
+        index, files = self._files()
+        self.shards = {file: open_tensors(file) for file in files}
         self._file_of: dict[str, TensorFile] = {}
-        for opened in self.shards.values():
-            self._file_of.update(dict.fromkeys(opened.keys(), opened))
-        self._check_index()
+        for file, opened in self.shards.items():
+            names = [name for name in opened.keys() if not index or index.get(name) == file.name]  # noqa: SIM118
+            self._file_of.update(dict.fromkeys(names, opened))
+        for name, shard in index.items():
+            if name not in self._file_of:
+                raise BadFile(self.directory / shard, f"lacks the tensor {name} that the index promises.")
+        self._leave_out_a_tied_head()
 
-    def _index(self) -> Path | None:
-        for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-            if (self.directory / name).is_file():
-                return self.directory / name
-        return None
+    def _files(self) -> tuple[dict[str, str], list[Path]]:
+        """The index (empty where there is none) and the files, in transformers' order of preference."""
+        for single in ("model.safetensors", "pytorch_model.bin"):
+            index = self.directory / f"{single}.index.json"
+            if (self.directory / single).is_file():
+                return {}, [self.directory / single]
+            if index.is_file():
+                found = _weight_map(index)
+                return found, self._shards(index, sorted(set(found.values())))
+        raise BadFile(self.directory, "has no weights (model*.safetensors or pytorch_model*.bin).")
 
-    def _files(self) -> list[Path]:
-        index = self._index()
-        if index:
-            names = sorted(set(_weight_map(index).values()))
-            if any("/" in name or "\\" in name or name.startswith(".") for name in names):
-                raise BadFile(index, "names a shard outside its directory.")
-        else:
-            single = ("model.safetensors", "pytorch_model.bin")
-            names = [name for name in single if (self.directory / name).is_file()][:1]
+    def _shards(self, index: Path, names: list[str]) -> list[Path]:
+        if any("/" in name or "\\" in name or name.startswith(".") for name in names):
+            raise BadFile(index, "names a shard outside its directory.")
         for name in names:
             if not (self.directory / name).is_file():
                 raise BadFile(self.directory / name, "this shard is missing; the copy is not complete.")
-        if not names:
-            raise BadFile(self.directory, "has no weights (model*.safetensors or pytorch_model*.bin).")
         return [self.directory / name for name in names]
 
-    def _check_index(self) -> None:
-        index = self._index()
-        for name, shard in (_weight_map(index) if index else {}).items():
-            if name not in self._file_of or self._file_of[name].file != self.directory / shard:
-                raise BadFile(self.directory / shard, f"lacks the tensor {name} that the index promises.")
+    def _leave_out_a_tied_head(self) -> None:
+        """A tied model's output matrix may be in the files too; it is the input matrix. Raises BadFile if it is not."""
+        if not (EMBED in self and HEAD in self and self.config().get("tie_word_embeddings")):
+            return
+        same = self.meta(EMBED) == self.meta(HEAD) and all(
+            torch.equal(self.rows(EMBED, start, stop), self.rows(HEAD, start, stop))
+            for _, start, stop in blocks(self, [EMBED])
+        )
+        if not same:
+            raise BadFile(
+                self.directory / "config.json",
+                f"ties the output to the embeddings, but {HEAD} is another matrix; set tie_word_embeddings to false.",
+            )
+        del self._file_of[HEAD]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -132,7 +143,10 @@ class Weights:
         return read_json(self.directory / "config.json")
 
     def parts(self) -> list[list[str]]:
-        return [opened.keys() for opened in self.shards.values()]
+        return [
+            [name for name in opened.keys() if self._file_of.get(name) is opened]  # noqa: SIM118
+            for opened in self.shards.values()
+        ]
 
 
 class Changed:

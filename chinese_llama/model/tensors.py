@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import threading
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,6 +126,9 @@ class Pickled:
         self._lock = threading.Lock()
         self._mapped, self._read = self._map(), 0
         self.specs = {name: (tuple(t.shape), t.dtype) for name, t in self._mapped.items()}
+        for name, (_, dtype) in self.specs.items():
+            if dtype not in DTYPES:
+                raise ValueError(f"{name} has the unsupported type {dtype}")
 
     def _map(self) -> dict[str, torch.Tensor]:
         with open(self.file, "rb") as stream:
@@ -200,4 +204,6 @@ def _send(handle: int, start: int, count: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words say how to execute it
+        return "it holds more than tensors, and is not opened"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from chinese_llama.errors import DoesNotFit
+from chinese_llama.errors import DoesNotFit, OutputExists
 from chinese_llama.merging.fit import check_fit
 from chinese_llama.merging.merged import bake
 from chinese_llama.merging.plan import Adapter, Step, check_lineage, load
@@ -114,8 +114,12 @@ def _grow(model: Any, rows: int | None) -> None:
 
 
 def _merged(place: Path, adapters: list[Adapter], arguments: Any) -> Path:
-    """`place` with `adapters` baked in, as a directory: a quantised weight takes no delta."""
-    target = Path(arguments.output_dir) / "base"
+    """`place` with `adapters` baked in, as a directory: a quantised weight takes no delta. One that was made of
+    others is made again."""
+    target, steps = Path(arguments.output_dir) / "base", [Step([adapter]) for adapter in adapters]
     with arguments.main_process_first(desc="merging"):
-        merge(place, [Step([adapter]) for adapter in adapters], target, Options(verify=False), keep=True)
+        try:
+            merge(place, steps, target, Options(verify=False, resume=None), keep=True)
+        except OutputExists:
+            merge(place, steps, target, Options(verify=False, resume=None, force=True))
     return target

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 from chinese_llama.artifacts import Manifest, identity, input_record, read_manifest, sha256_file, stands
 from chinese_llama.data.mixture import names
 from chinese_llama.data.prepare import Job, Prepared, prepare, source_digest
+from chinese_llama.data.templates import stop_ids
 from chinese_llama.directories import check_apart, check_output, write_text
 from chinese_llama.errors import Interrupted, UserError
 from chinese_llama.merging.plan import Adapter, resolve
@@ -92,6 +93,8 @@ def _run(recipe: Recipe[Any], job: Job, adapters: list[Adapter], manifest: Manif
         remember_start(model, directory)
     _train(trainer, evaluation, stop, directory, recipe.name)
     manifest.metrics = _metrics(trainer, prepared, model, fields.length)
+    if template := manifest.settings.get("chat_template"):
+        manifest.metrics["stop_ids"] = stop_ids(tokenizer, template)
     save(trainer, recipe, manifest, directory)
     if trainer.is_world_process_zero():
         shutil.rmtree(directory, ignore_errors=True)

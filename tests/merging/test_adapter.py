@@ -234,3 +234,41 @@ def test_parents_are_in_order(base: Path, tmp_path: Path) -> None:
 def test_config_is_read_as_it_is(tmp_path: Path) -> None:
     place = make(tmp_path / "a", r=16)
     assert load("a", place).config == json.loads((place / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"lora_alpha": None}, "lora_alpha must be a number, not None"),
+        ({"lora_alpha": "16"}, "lora_alpha must be a number, not '16'"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a number"),
+        ({"r": 0}, "r must be a whole number, not 0"),
+        ({"r": 4.5}, "r must be a whole number"),
+        ({"rank_pattern": [1]}, "rank_pattern must be a mapping"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern: q_proj must be a number"),
+        ({"alpha_pattern": {"[": 1}}, r"alpha_pattern: '\[' is no pattern"),
+        ({"use_rslora": "false"}, "use_rslora must be true or false"),
+        ({"trainable_token_indices": "abc"}, "must be lists of token ids"),
+        ({"trainable_token_indices": {"embed_tokens": 5}}, "must be lists of token ids"),
+        ({"trainable_token_indices": [3, -1]}, "must be lists of token ids"),
+        ({"trainable_token_indices": [3, 4, 3]}, "names a token id twice"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_named(
+    tmp_path: Path, config: dict[str, object], told: str
+) -> None:
+    with pytest.raises(BadFile, match=f"adapter_config.json: .*{told}"):
+        load("a", make(tmp_path / "a", **config))
+
+
+def test_what_is_left_out_is_pefts_default(tmp_path: Path) -> None:
+    place = make(tmp_path / "a")
+    (place / "adapter_config.json").write_text('\ufeff{"peft_type": "LORA"}', encoding="utf-8")
+    assert (load("a", place).config["r"], load("a", place).config["lora_alpha"]) == (8, 8)
+
+
+def test_a_directory_may_have_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "lr=1e-4")
+    assert resolve("lr=1e-4", None).path == Path("lr=1e-4")
+    assert resolve("name=lr=1e-4", None).path == Path("lr=1e-4")

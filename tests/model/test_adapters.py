@@ -285,6 +285,10 @@ def test_what_the_configuration_lists_must_be_in_the_file(base: Path, lora: Path
     with pytest.raises(BadFile, match=r"has no tensors for lm_head, which .* lists in modules_to_save"):
         changes(base, edited(lora, tmp_path / "b", {"modules_to_save": ["lm_head"]}))
     changes(base, edited(lora, tmp_path / "c", {"target_modules": ["q_proj", "v_proj", "no_such_module"]}))
+    told: list[str] = []
+    lost = edited(lora, tmp_path / "d", targets)
+    check_fit(Weights(base), base, load_steps([Step([lost])]), told)
+    assert len(told) == 1 and "has no tensors for up_proj" in told[0]
 
 
 def test_fan_in_fan_out_turns_what_only_fits_turned(base: Path, tmp_path: Path) -> None:
@@ -306,3 +310,17 @@ def test_fan_in_fan_out_turns_what_only_fits_turned(base: Path, tmp_path: Path) 
     for name, wanted in plain.items():
         assert torch.equal(same[name], wanted)
         torch.testing.assert_close(other[name], wanted)
+
+
+def test_dora_needs_its_magnitudes_and_all_of_them(base: Path, tmp_path: Path) -> None:
+    """Without them the file would merge as plain LoRA, or in part."""
+    place = peft_adapter(base, tmp_path / "dora", use_dora=True)
+    key = f"{Q}.lora_magnitude_vector"
+    with pytest.raises(BadFile, match=r"q_proj has no magnitude, and adapter_config.json says use_dora"):
+        read_tensors(edited(place, tmp_path / "a", **{key: None}))
+    with pytest.raises(
+        BadFile, match=r"q_proj has a magnitude, and adapter_config.json does not say use_dora"
+    ):
+        read_tensors(edited(place, tmp_path / "b", {"use_dora": False}))
+    with pytest.raises(BadFile, match="q_proj has 5 magnitudes for 32 rows"):
+        read_tensors(edited(place, tmp_path / "c", **{key: torch.ones(5)}))

@@ -123,8 +123,8 @@ def test_a_missing_shard_is_named(base: Path, tmp_path: Path) -> None:
 
 def bad_index(base: Path, folder: Path, index: object) -> Path:
     folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (folder / name).write_bytes((base / name).read_bytes())
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    (folder / "part.safetensors").write_bytes((base / "model.safetensors").read_bytes())
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
@@ -138,7 +138,7 @@ def bad_index(base: Path, folder: Path, index: object) -> Path:
         ({"weight_map": {EMBED: 5}}, "index.json"),
         ({"metadata": {}}, "has no weight_map"),
         ([1], "must hold a JSON object"),
-        ({"weight_map": {"odd.weight": "model.safetensors"}}, "lacks the tensor odd.weight that the index"),
+        ({"weight_map": {"odd.weight": "part.safetensors"}}, "lacks the tensor odd.weight that the index"),
     ],
 )
 def test_a_bad_index_is_refused(base: Path, tmp_path: Path, index: object, told: str) -> None:
@@ -190,3 +190,46 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     save_file({EMBED: torch.ones(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(BadFile, match=r"config.json: is not readable JSON"):
         Weights(tmp_path).config()
+
+
+def test_the_files_are_those_that_transformers_reads(base: Path, tmp_path: Path) -> None:
+    """One file before an index, safetensors before old files."""
+    source = bad_index(base, tmp_path / "source", {"weight_map": {"odd.weight": "part.safetensors"}})
+    save_file({EMBED: torch.ones(2, 2)}, source / "model.safetensors")
+    torch.save({EMBED: torch.zeros(2, 2)}, source / "pytorch_model.bin")
+    assert Weights(source).load(EMBED).eq(1).all()
+    (source / "model.safetensors").unlink()
+    with pytest.raises(BadFile, match=r"lacks the tensor odd.weight"):
+        Weights(source)
+    (source / "model.safetensors.index.json").unlink()
+    assert Weights(source).load(EMBED).eq(0).all()
+
+
+def test_only_what_the_index_names_is_a_tensor(tmp_path: Path) -> None:
+    """A tensor that lies in two shards is the one of the shard that the index says."""
+    for number in (1, 2):
+        save_file(
+            {"x": torch.full((2,), float(number)), f"only{number}": torch.ones(1)},
+            tmp_path / f"{number}.safetensors",
+        )
+    (tmp_path / "config.json").write_text("{}")
+    index = {"x": "1.safetensors", "only2": "2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    weights = Weights(tmp_path)
+    assert weights.parts() == [["x"], ["only2"]]
+    assert weights.load("x").tolist() == [1.0, 1.0]
+
+
+def test_the_output_of_a_tied_model_is_its_input(tmp_path: Path) -> None:
+    """Old files often hold both; then a change of one must not leave the other."""
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
+    matrix = torch.randn(4, 3)
+    torch.save({EMBED: matrix, HEAD: matrix, "x": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    weights = Weights(tmp_path)
+    assert HEAD not in weights
+    assert weights.parts() == [[EMBED, "x"]]
+    torch.save({EMBED: matrix, HEAD: matrix + 1}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        BadFile, match=r"ties the output to the embeddings, but lm_head.weight is another matrix"
+    ):
+        Weights(tmp_path)

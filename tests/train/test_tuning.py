@@ -123,3 +123,6 @@ def test_a_merged_model_says_what_ends_an_answer(extended: Path, tmp_path: Path)
     merge(extended, [Step([load("a", made)])], tmp_path / "merged")
     settings = json.loads((tmp_path / "merged" / "generation_config.json").read_text(encoding="utf-8"))
     assert settings["eos_token_id"] == load_tokenizer(made).eos_token_id
+    manifest = read_manifest(made)
+    assert manifest is not None
+    assert manifest.metrics["stop_ids"] == [settings["eos_token_id"]]
