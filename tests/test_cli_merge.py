@@ -264,7 +264,7 @@ def test_metas_checkpoint_is_a_base(run: Run, tmp_path: Path) -> None:
         argv = ["merge", "--base", base, "--loras", "a", "--format", "meta", "--output", f"from-{base}"]
         code, out, _ = run(*argv)
         assert code == 0
-        assert f"a merged into {base}; 14 of 21 tensors changed, 420 rows." in out
+        assert f"a merged into {tmp_path / base}; 14 of 21 tensors changed, 420 rows." in out
         assert len(list((tmp_path / f"from-{base}").glob("consolidated.*.pth"))) == 2
         assert json.loads((tmp_path / f"from-{base}" / "params.json").read_text())["custom"] == "kept"
     assert_same_checkpoint(tmp_path / "from-llama", tmp_path / "from-hf")
