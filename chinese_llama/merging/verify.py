@@ -169,6 +169,8 @@ def _near(
     off, sizes = (found - wanted).square().mean(1), wanted.square().mean(1)
     if (off <= sizes * (ROUNDING * kind.eps) ** 2 / 12).all():
         return True
+    if not torch.isfinite(off).all():
+        return False
     squares = torch.linalg.vector_norm(weight, dim=1).square() * energy + sizes
     least = (kind.smallest_normal * kind.eps) ** 2 * weight.shape[1] * energy
     noise = (squares * kind.eps**2 + least) / 12 + FLOAT**2 * (squares + squares.mean())
