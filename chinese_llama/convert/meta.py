@@ -83,6 +83,9 @@ class MetaWeights:
             what = f"says vocab_size {said:,}, and {OUTPUT} has {vocab:,} rows; the files do not belong together."
             raise BadFile(self.directory / "params.json", what)
         params = self.params
+        if params["n_layers"] > len(there):
+            what = f"says {params['n_layers']:,} layers, more than there are tensors."
+            raise BadFile(self.directory / "params.json", what)
         return Sizes(params["dim"], params["n_layers"], params["n_heads"], kv_heads(params), ffn, vocab)
 
     def _check_names(self) -> None:

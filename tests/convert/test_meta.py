@@ -236,6 +236,14 @@ def test_tensors_that_no_llama_has(tmp_path: Path, change: dict[str, torch.Tenso
     assert "consolidated.00.pth" in str(caught.value)
 
 
+def test_more_layers_than_tensors(tmp_path: Path) -> None:
+    """Told before a list of all their names is made."""
+    place = write_checkpoint(tmp_path / "meta", [whole(PARAMS)])
+    (place / "params.json").write_text(json.dumps({**PARAMS, "n_layers": 10**9}))
+    with pytest.raises(BadFile, match=r"params.json: says 1,000,000,000 layers, more than there are tensors"):
+        MetaWeights(place)
+
+
 def test_a_vocabulary_that_the_tensors_contradict(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match=r"params.json: says vocab_size 32,000, and output.weight has 421 rows"):
         MetaWeights(checkpoint(tmp_path / "meta", vocab_size=32000))
