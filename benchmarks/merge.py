@@ -93,7 +93,7 @@ def table(work: Path, options: argparse.Namespace) -> str:
             found[name].append(run(command, work))
             if name not in errors and not name.startswith("cp"):
                 errors[name] = against_float64(work)
-    lines = ["| | seconds (all runs) | peak MB | against float64 |", "| --- | --- | --- | --- |"]
+    lines = ["| | seconds (all runs) | peak MiB | against float64 |", "| --- | --- | --- | --- |"]
     for name, runs in found.items():
         seconds = ", ".join(f"{s:.1f}" for s, _ in runs)
         best = min(runs)
@@ -106,7 +106,7 @@ def table(work: Path, options: argparse.Namespace) -> str:
 
 
 def run(command: list[str], work: Path = ROOT) -> tuple[float, int]:
-    """Run a command; return its seconds and its peak memory in MB."""
+    """Run a command; return its seconds and its peak memory in MiB."""
     code = "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]).returncode; "
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(r)"
     start = time.perf_counter()

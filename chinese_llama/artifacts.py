@@ -143,10 +143,9 @@ def _sha256_once(path: Path) -> str:
             future = _hashed[key] = Future()
     if mine:
         try:
-            large = (
-                stat.st_size >= LARGE and time.time() - stat.st_mtime > 2
-            )  # a file that is not just changing
-            future.set_result(_remembered(key, path) if large else sha256_file(path))
+            settled = time.time() - stat.st_mtime > 2  # not just being written
+            keep = stat.st_size >= LARGE and settled
+            future.set_result(_remembered(key, path) if keep else sha256_file(path))
         except BaseException as error:
             del _hashed[key]
             future.set_exception(error)

@@ -267,7 +267,7 @@ def _terminate(number: int, frame: Any) -> None:
 def main() -> None:
     """Entry point: exit code 0, 1 (a check that fails), 2 (bad input), 130 (stopped)."""
     signal.signal(signal.SIGTERM, _terminate)
-    atexit.register(gc.freeze)  # else Python looks through all that torch has loaded as it ends: 0.3 s
+    atexit.register(gc.freeze)  # else Python looks through all that torch has loaded as it ends
     sys.exit(report(_run, sys.argv[1:]))
 
 

@@ -9,10 +9,8 @@ import typer
 
 from chinese_llama import workspace
 from chinese_llama.commandline import EXAMPLES, Force, Output, frugal, given, note_if_kept
-from chinese_llama.errors import UserError, nearest
 
 app = typer.Typer()
-FORMATS = ("hf", "meta")
 
 
 @app.command(
@@ -55,7 +53,9 @@ def merge(
     workers: Annotated[int, typer.Option(min=0, help="Threads that compute; 0: one for each processor.")] = 0,
     verify: Annotated[
         bool,
-        typer.Option(help="Re-read the result, and compare its logits with those of base + adapters."),
+        typer.Option(
+            help="Read the result again, and compare every weight, and logits, with base + adapters."
+        ),
     ] = True,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what a stopped or killed merge left.")
@@ -124,9 +124,6 @@ def convert(
     from chinese_llama.convert.convert import convert as run
 
     frugal()
-    for option, value in (("--from", origin), ("--to", to)):
-        if value is not None and value not in FORMATS:
-            raise UserError(f"{option} {value!r}{nearest(value, FORMATS)}; one of {', '.join(FORMATS)}.")
     manifest = run(source, output, to, origin, shards, context, force)
     metrics = manifest.metrics
     typer.echo(

@@ -20,7 +20,7 @@ from chinese_llama.convert.meta import MetaWeights, is_meta, open_model
 from chinese_llama.convert.params import KEPT
 from chinese_llama.convert.write import ByMeta, save_meta, shard_count
 from chinese_llama.directories import check_output, check_space, new_directory, write_text
-from chinese_llama.errors import DoesNotFit, UserError
+from chinese_llama.errors import DoesNotFit, UserError, nearest
 from chinese_llama.model.resize import copy_tokenizer
 from chinese_llama.model.shards import Hashes, Model, Weights, save_shards
 from chinese_llama.model.tensors import nbytes
@@ -41,7 +41,10 @@ def convert(
     force: bool = False,
 ) -> Manifest:
     """`to_hf` or `to_meta`, by `to` ("hf", "meta"); `origin` is what `source` must be, if given. Raises UserError
-    for options that belong to the other direction."""
+    for another form, and for options that belong to the other direction."""
+    for option, value in (("--from", origin), ("--to", to)):
+        if value is not None and value not in NAMES:
+            raise UserError(f"{option} {value!r}{nearest(value, NAMES)}; one of {', '.join(NAMES)}.")
     found = "meta" if is_meta(source) else "hf"
     if origin and origin != found:
         raise UserError(f"{source} is not in {NAMES[origin]} form, but in {NAMES[found]}: --from {found}.")

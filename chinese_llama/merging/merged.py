@@ -215,7 +215,7 @@ class Merged:
         kind = torch.finfo(dtype)
         bound = kind.max * (1 + kind.eps / 4)  # what lies below still rounds to the largest number
         flat = total.reshape(-1)
-        if not torch.dot(flat, flat) < min(bound, 1e18) ** 2:  # a third of the time of looking at each number
+        if not torch.dot(flat, flat) < min(bound, 1e18) ** 2:  # cheaper than looking at each number
             low, high = torch.aminmax(flat)
             if not (-bound < low and high < bound):
                 raise self._blame(name, dtype)

@@ -49,7 +49,7 @@ def planned(space: Workspace | None, given: Given) -> tuple[Plan, Path, Path, bo
     """The plan, its base and its output, and whether an output that stands is kept (the workspace's own is)."""
     if "plan" in given and ("loras" in given or "weights" in given):
         raise UserError("--plan says which adapters and weights; leave out --loras and --weights.")
-    _check_space(space, given)
+    _check_given(space, given)
     if "plan" in given:
         plan = read_plan(find_plan(given["plan"]), space)
     else:
@@ -62,18 +62,15 @@ def planned(space: Workspace | None, given: Given) -> tuple[Plan, Path, Path, bo
         raise UserError(
             "--resume is for --format hf: Meta's files are all finished at the end; leave it out."
         )
+    base = _base(space, given.get("base") or plan.base)
     output = given.get("output") or plan.output
-    if output is None:
-        output = _needed(space, "--output").path(_needed(space, "--output").settings.merge.output)
-    return (
-        plan,
-        _base(space, given.get("base") or plan.base),
-        Path(output),
-        space is not None and not ("output" in given or plan.output),
-    )
+    if output is not None:
+        return plan, base, Path(output), False
+    space = _needed(space, "--output")
+    return plan, base, space.path(space.settings.merge.output), True
 
 
-def _check_space(space: Workspace | None, given: Given) -> None:
+def _check_given(space: Workspace | None, given: Given) -> None:
     """Without a workspace, everything must be said; say at once what is missing."""
     if space is None and "plan" not in given:
         missing = [f"--{name}" for name in ("base", "loras", "output") if name not in given]

@@ -41,8 +41,8 @@ def space(here: Path) -> Workspace:
     making.write_base(here / "work" / "extended")
     making.make(here / "work" / "plus", tag=1)
     making.make(here / "work" / "alpaca", tag=2)
-    making.make(here / "work" / "pro", tag=3)
-    (here / FILE).write_text("base: x\nadapters: {pro: work/pro}\n")
+    making.make(here / "others" / "pro", tag=3)
+    (here / FILE).write_text("base: x\nadapters: {pro: others/pro}\n")
     return Workspace(here / FILE)
 
 
@@ -63,7 +63,10 @@ def test_a_workspace_says_everything(space: Workspace, here: Path) -> None:
 def test_what_is_given_holds_over_the_workspace(space: Workspace, here: Path) -> None:
     assert names({"loras": "pro"}, space) == [("pro", 1.0)]
     assert names({"weights": "0.5,2"}, space) == [("plus", 0.5), ("alpaca", 2.0)]
-    assert names({"loras": "plus,mine=work/pro", "weights": "1,-1"}, space) == [("plus", 1.0), ("mine", -1.0)]
+    assert names({"loras": "plus,mine=others/pro", "weights": "1,-1"}, space) == [
+        ("plus", 1.0),
+        ("mine", -1.0),
+    ]
     making.write_base(here / "other")
     _, base, output, keep = planned(space, {"base": "other", "output": Path("out")})
     assert (base, output, keep) == (Path("other"), Path("out"), False)
@@ -82,7 +85,7 @@ def test_what_is_given_holds_over_the_plan_and_the_plan_over_the_workspace(
     making.write_base(here / "plans" / "base")
     making.write_base(here / "own")
     content = {"base": "base", "output": "../made", "dtype": "float16", "format": "meta"}
-    file = write_plan(here / "plans" / "p.yaml", adapters=["../work/pro", "plus"], **content)
+    file = write_plan(here / "plans" / "p.yaml", adapters=["../others/pro", "plus"], **content)
     plan, base, output, keep = planned(space, {"plan": "plans/p.yaml"})
     assert [adapter.name for adapter in plan.adapters] == ["pro", "plus"]
     assert [place.resolve() for place in (base, output)] == [here / "plans" / "base", here / "made"]
