@@ -145,12 +145,7 @@ def load(name: str, path: Path) -> Adapter:
         raise BadFile(path, "is not an adapter (no adapter_config.json).")
     if not any((path / file).is_file() for file in ADAPTER_FILES):
         raise BadFile(path, "has no adapter_model.safetensors or adapter_model.bin.")
-    try:
-        content = json.loads(config.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise BadFile(config, f"is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise BadFile(config, "must hold a JSON object.")
+    content = read_object(config)
     kind = content.get("peft_type")
     if kind != "LORA":
         raise BadFile(config, f"is an adapter of type {kind}; only LORA adapters can be merged.")
@@ -159,6 +154,17 @@ def load(name: str, path: Path) -> Adapter:
     except (ValueError, TypeError) as error:
         raise BadFile(config, f"{error}.") from error
     return Adapter(name, path, content, read_manifest(path))
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises BadFile."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise BadFile(file, f"is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise BadFile(file, "must hold a JSON object.")
+    return content
 
 
 def _check_config(content: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ sum is still what it says, if not what was trained.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from chinese_llama.artifacts import identity, read_manifest
-from chinese_llama.errors import BadFile, DoesNotFit
-from chinese_llama.merging.adapter import Adapter, Step, recognise
+from chinese_llama.errors import DoesNotFit
+from chinese_llama.merging.adapter import Adapter, Step, read_object, recognise
 from chinese_llama.merging.registry import Base, Published, registry
 from chinese_llama.vocab.readers import open_readers
 
@@ -308,11 +307,5 @@ def _config(base: Path) -> dict[str, Any]:
     """The base's config.json, or Meta's params.json; {} where there is neither. Raises BadFile."""
     for file in (base / "config.json", base / "params.json"):
         if file.is_file():
-            try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise BadFile(file, f"is not valid JSON ({error}).") from error
-            if not isinstance(content, dict):
-                raise BadFile(file, "must hold a JSON object.")
-            return content
+            return read_object(file)
     return {}

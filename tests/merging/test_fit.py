@@ -16,7 +16,7 @@ from chinese_llama.merging.fit import check_fit
 from chinese_llama.merging.plan import Adapter, Step
 from chinese_llama.merging.stream import load_steps
 from chinese_llama.model.shards import EMBED, HEAD, Weights
-from tests.merging.test_merged import lora, write_adapter
+from tests.merging.tensors import lora, write_adapter
 
 ROWS, HIDDEN = 10, 8
 Q = "model.layers.{}.self_attn.q_proj.weight"

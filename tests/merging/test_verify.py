@@ -20,7 +20,7 @@ from chinese_llama.merging.stream import Options, Work
 from chinese_llama.merging.verify import TOKENS, probe, told, verify
 from chinese_llama.model.shards import EMBED, HEAD, Workers
 from tests import tiny
-from tests.merging.test_merged import drawn, lora, write_adapter
+from tests.merging.tensors import drawn, lora, write_adapter
 
 ROWS, HIDDEN, INNER = 420, 32, 64
 SHAPES = {
