@@ -170,7 +170,7 @@ def run(work: Path) -> dict[str, Any]:
         subprocess.run(command, cwd=work, check=True, env=environment)
         result["seconds"][name] = round(time.monotonic() - start, 1)
         if name.startswith("eval "):
-            result["eval"][name[5:]] = json.loads((work / f"{name}.json").read_text())["sets"]
+            result["eval"][name[5:]] = json.loads((work / f"{name}.json").read_text())["models"][0]["texts"]
     for name in ("tokenizer", "plus", "alpaca"):
         manifest = json.loads((work / "work" / name / "chinese_llama.json").read_text())
         result[name] = {"vocab_size": manifest["vocab_size"], **manifest["metrics"]}

@@ -222,26 +222,54 @@ def _digest(files: dict[str, dict[str, Any]]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-Keep = bool | Literal["inputs"]  # keep an output that stands; "inputs": made with any settings
+Keep = bool | Literal["inputs", "ask"]  # keep what stands; "inputs": whatever the settings; "ask": see Asked
+
+
+class Asked(Exception):
+    """What `stands` found, where it was only asked: nothing is made. `state` and `why` are those of `state_of`."""
+
+    def __init__(self, state: str, why: str) -> None:
+        super().__init__(f"{state} {why}".strip())
+        self.state, self.why = state, why
 
 
 def stands(target: Path, wanted: Manifest, force: bool, keep: Keep = True) -> bool:
     """True if `target` holds what `wanted` (inputs and settings) would make.
 
     With `keep` "inputs", settings may differ: whoever made it chose them. Raises OutputExists where
-    something else is there, naming the first difference, unless `force`.
+    something else is there, naming the first difference, unless `force`; Asked with `keep` "ask".
     """
-    if force or not target.is_dir() or not any(target.iterdir()):
+    if keep == "ask":
+        raise Asked(*state_of(target, wanted))
+    if force:
         return False
+    state, why = state_of(target, wanted, settings=keep is True)
+    if state == "stale":
+        raise OutputExists(
+            f"{target} was made {why}; give another output, or make it again: {again(wanted.command)}."
+        )
+    return state == "stands"
+
+
+def state_of(target: Path, wanted: Manifest, settings: bool = True) -> tuple[str, str]:
+    """ "missing", "stands" or "stale" of an output, and how a stale one "was made". Raises OutputExists for what this
+    tool has not made."""
+    if not target.is_dir() or not any(target.iterdir()):
+        return "missing", ""
     found = read_manifest(target)
     if found is None:
-        check_output(target, force)
-        return False
-    if difference := _difference(found, wanted, settings=keep is True):
-        raise OutputExists(
-            f"{target} was made {difference}; give another output, or make it again: {again(wanted.command)}."
-        )
-    return True
+        check_output(target, False)
+        return "missing", ""
+    why = _difference(found, wanted, settings) or _damage(target, found)
+    return ("stale", why) if why else ("stands", "")
+
+
+def _damage(target: Path, manifest: Manifest) -> str:
+    for name, record in manifest.files.items():
+        file = target / name
+        if not file.is_file() or file.stat().st_size != record["bytes"]:
+            return f"whole, but its {name} has been {'changed' if file.is_file() else 'removed'} since"
+    return ""
 
 
 def again(command: str) -> str:

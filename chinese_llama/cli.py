@@ -13,6 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from chinese_llama import __version__, workspace
+from chinese_llama.cli_adapt import app as adapt_app
+from chinese_llama.cli_answers import app as answers_app
+from chinese_llama.cli_doctor import app as doctor_app
+from chinese_llama.cli_measure import app as measure_app
 from chinese_llama.cli_merge import app as merge_app
 from chinese_llama.cli_vocab import app as vocab_app
 from chinese_llama.commandline import (
@@ -21,11 +25,9 @@ from chinese_llama.commandline import (
     Force,
     Output,
     given,
-    load,
     note_if_kept,
     repeated,
     workspace_for,
-    write_json,
 )
 from chinese_llama.errors import UserError, report
 
@@ -38,8 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(vocab_app)
-app.add_typer(merge_app)
+for part in (adapt_app, vocab_app, merge_app, measure_app, answers_app, doctor_app):
+    app.add_typer(part)
 
 
 def _version(value: bool) -> None:
@@ -153,80 +155,6 @@ def extend_model(
 
 
 @app.command(
-    "eval",
-    epilog=EXAMPLES
-    + "chinese-llama eval --model work/merged --text zh=zh.jsonl --text en=en.jsonl --json figures.json\n\n"
-    + "chinese-llama eval                         [dim]# in a workspace: base and merged[/dim]",
-)
-def evaluate(
-    model: Annotated[
-        str | None, typer.Option(help="Model directory or hub id.", show_default="the workspace's")
-    ] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE. May be repeated.", show_default="the workspace's")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-) -> None:
-    """Bits per character and per byte of texts: comparable between tokenizers."""
-    from chinese_llama.evaluate.sets import evaluation
-
-    options = given(model=model, text=text or None)
-    models, sets = evaluation(workspace_for("eval", options, "model", "text"), options)
-    from chinese_llama.evaluate.bits import evaluate as run
-    from chinese_llama.model.load import quiet_libraries
-
-    quiet_libraries()
-    told: list[dict[str, Any]] = []
-    for place in models:
-        told.append(run(place, sets))
-        typer.echo(place)
-        for name, figures in told[-1]["sets"].items():
-            typer.echo(
-                f"  {name}: {figures['bits_per_character']:.3f} bits per character, {figures['bits_per_byte']:.3f} bits per byte, "
-                f"perplexity {figures['perplexity']:.2f} per token, {figures['characters_per_token']:.3f} characters per token"
-            )
-    write_json(json_file, told[0] if len(told) == 1 else {"models": told})
-
-
-@app.command(epilog=EXAMPLES + "chinese-llama generate --model work/merged --prompt '中国的首都是哪里？'")
-def generate(
-    prompt: Annotated[str, typer.Option(help="A question, or the beginning of a text for a base model.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Model directory or hub id.", show_default="the workspace's merged model"),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option()] = 0,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as text, even if the model has a template.")
-    ] = False,
-) -> None:
-    """Answer one prompt."""
-    _, loaded, tokenizer = load("generate", model)
-    from chinese_llama.evaluate.generate import answer
-
-    typer.echo(answer(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, raw))
-
-
-@app.command(epilog=EXAMPLES + "chinese-llama chat --model work/merged")
-def chat(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Model directory or hub id.", show_default="the workspace's merged model"),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
-) -> None:
-    """Talk to a model. /new starts a new conversation; an empty line or Ctrl-D ends it."""
-    place, loaded, tokenizer = load("chat", model)
-    from chinese_llama.evaluate.chat import chat as talk
-
-    typer.echo(f"{place} (/new starts afresh, an empty line or Ctrl-D ends)")
-    talk(loaded, tokenizer, max_new_tokens, temperature)
-
-
-@app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog=EXAMPLES
     + "chinese-llama prepare pt_lora               [dim]# in a workspace[/dim]\n\n"
@@ -245,19 +173,6 @@ def prepare(
             f"{source['name']}: {source['documents']:,} documents, {source['held_out']:,} held out, {source['tokens']:,} tokens, {source['blocks']:,} blocks"
         )
     typer.echo(prepared.directory)
-
-
-@app.command(epilog=EXAMPLES + "chinese-llama quickstart\n\nchinese-llama chat")
-def quickstart(
-    directory: Annotated[
-        Path, typer.Argument(help="Workspace to make: chinese-llama.yaml and quickstart/.")
-    ] = Path(),
-    force: Force = False,
-) -> None:
-    """The whole way at toy size, on text that comes with the package: some minutes on a CPU."""
-    from chinese_llama.quickstart.pipeline import run
-
-    run(directory, force)
 
 
 def _terminate(number: int, frame: Any) -> None:

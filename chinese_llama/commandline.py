@@ -13,7 +13,6 @@ import typer
 
 from chinese_llama import workspace
 from chinese_llama.artifacts import now, read_manifest
-from chinese_llama.errors import UserError
 from chinese_llama.progress import say
 
 STARTED = now()
@@ -24,6 +23,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an output that exi
 Base = Annotated[
     Path | None, typer.Option(help="The base model or its tokenizer.", show_default="the workspace's")
 ]
+REPEATED = ("--corpus", "--text", "--choices", "--max-regression")  # options that take several values
 EXAMPLES = "\n\n[bold]Examples[/bold]\n\n"
 
 
@@ -55,22 +55,6 @@ def note_if_kept(directory: Path) -> None:
         say(f"{directory} stands: made {manifest.created} from the same inputs; --force makes it again.")
 
 
-def load(command: str, model: str | None) -> tuple[str, Any, Any]:
-    if model is None:
-        space = workspace.required(command, "--model")
-        model = str(space.path(space.settings.merge.output))
-        if not Path(model).is_dir():
-            raise UserError(
-                f"{model} does not exist yet; make it with chinese-llama merge --loras plus,alpaca."
-            )
-    from chinese_llama.model.load import check_pair, device, load_model, load_tokenizer, quiet_libraries
-
-    quiet_libraries()
-    tokenizer, loaded = load_tokenizer(model), load_model(model)
-    check_pair(loaded, tokenizer, model)
-    return model, loaded.to(device()), tokenizer
-
-
 def write_json(file: Path | None, content: Any) -> None:
     if file is not None:
         from chinese_llama.directories import write_text
@@ -86,7 +70,7 @@ def repeated(argv: Sequence[str]) -> list[str]:
         return list(argv)
     for word in argv:
         if word.startswith("-"):
-            option = word if word in ("--corpus", "--text") else ""
+            option = word if word in REPEATED else ""
         elif option and words[-1] != option:
             words.append(option)
         words.append(word)

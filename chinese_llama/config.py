@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -50,10 +50,7 @@ def typed(cls: type[T], values: dict[str, Any], where: str) -> T:
 
     Raises UserError, starting with `where`, for an unknown name or a value of the wrong type.
     """
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for name in values:
-        if name not in names:
-            raise UserError(f"{where}: unknown setting {name!r}{nearest(name, names)}.")
+    _check_names(cls, values, where)
     lists = {f.name for f in dataclasses.fields(cls) if str(f.type).startswith("list")}  # type: ignore[arg-type]
     values = {k: [v] if k in lists and not isinstance(v, list) else v for k, v in values.items()}
     try:
@@ -62,6 +59,20 @@ def typed(cls: type[T], values: dict[str, Any], where: str) -> T:
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         name = getattr(error, "full_key", None) or _culprit(cls, values)
         raise UserError(f"{where}: {name}: {str(error).splitlines()[0].rstrip('.')}.") from error
+
+
+def _check_names(cls: type, values: dict[str, Any], where: str) -> None:
+    """Raise UserError for a name that `cls`, or a section in it, does not have."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{where}: unknown setting {name!r}{nearest(name, hints)}.")
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{where}: {name}: {value!r} is no section; it must hold `name: value` lines."
+                )
+            _check_names(hints[name], value, f"{where}: {name}")  # type: ignore[arg-type]
 
 
 def _culprit(cls: type, values: dict[str, Any]) -> str:

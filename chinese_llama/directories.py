@@ -215,6 +215,28 @@ def _locked(directory: Path) -> int:
     return handle
 
 
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Work in a directory in which no other process works. Raises UserError where one does."""
+    try:
+        lock = _locked(directory)
+    except BlockingIOError as error:
+        raise UserError(f"Another process works in {directory}; wait for it, or stop it.") from error
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def empty(directory: Path) -> None:
+    """Remove what is in a directory."""
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
 def _abandoned(place: Path) -> bool:
     """Whether no process works in a directory (what is no directory was left by nobody who still needs it)."""
     try:

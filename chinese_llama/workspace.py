@@ -47,26 +47,51 @@ class ExtendModel:
 
 @dataclass
 class Merge:
-    loras: Any = field(default_factory=lambda: ["plus", "alpaca"])  # a list, or "plus,alpaca"
+    loras: Any = None  # a list, or "plus,alpaca"; default: those that the recipes make
     output: str = "work/merged"
 
 
 @dataclass
 class Eval:
+    """`text`: {name: file}; default: what pt_lora's eval_split holds out. `prompts`: a file of questions, of which
+    `samples` are shown; a field `keyword` holds the word of a right answer. `choices`: {ceval: directory}."""
+
     text: dict[str, str] = field(default_factory=dict)
+    stride: int | None = None
+    window: int | None = None
+    prompts: str | None = None
+    samples: int = 6
+    max_new_tokens: int = 128
+    choices: dict[str, str] = field(default_factory=dict)
+    shots: int = 5
+    wikitext: str | None = None
+    speed: bool = True
+    max_regression: dict[str, float] = field(default_factory=dict)
+    output: str = "work/report"
 
 
 @dataclass
 class Settings:
+    title: str | None = None
     base: str | None = None
+    launch: str | None = None  # accelerate's configuration for the recipes that `adapt` starts
     train_vocab: TrainVocab = field(default_factory=TrainVocab)
     extend_vocab: ExtendVocab = field(default_factory=ExtendVocab)
     extend_model: ExtendModel = field(default_factory=ExtendModel)
     pt_lora: dict[str, Any] = field(default_factory=dict)
     sft_lora: dict[str, Any] = field(default_factory=dict)
+    control: dict[str, Any] | None = None  # pt_lora on the base as it was; fields that differ from pt_lora's
     merge: Merge = field(default_factory=Merge)
     eval: Eval = field(default_factory=Eval)
     adapters: dict[str, str] = field(default_factory=dict)
+
+
+SECTIONS = ("train_vocab", "extend_vocab", "extend_model", "merge", "eval")  # whose settings are all ours
+
+
+def _without_blanks(values: dict[str, Any]) -> dict[str, Any]:
+    """Names that were left without a value mean the default."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class Workspace:
@@ -75,14 +100,19 @@ class Workspace:
     def __init__(self, file: Path, values: dict[str, Any] | None = None) -> None:
         self.file = file.absolute()
         values = load_yaml(file) if values is None else values
-        values = {name: value for name, value in values.items() if value is not None}
+        values = _without_blanks(values)
+        values |= {
+            name: _without_blanks(values[name]) for name in SECTIONS if isinstance(values.get(name), dict)
+        }
         self.settings: Settings = typed(Settings, values, str(file))
         pt, sft = self.settings.pt_lora, self.settings.sft_lora
         pt["output_dir"] = pt.get("output_dir") or "work/plus"
         sft["output_dir"] = sft.get("output_dir") or "work/alpaca"
         sft.setdefault("adapters", ["plus"])
         loras = self.settings.merge.loras
-        self.settings.merge.loras = loras.split(",") if isinstance(loras, str) else list(loras or [])
+        if loras is None:
+            loras = ["plus", "alpaca"] if sft.get("data") or not pt.get("data") else ["plus"]
+        self.settings.merge.loras = loras.split(",") if isinstance(loras, str) else list(loras)
 
     @classmethod
     def empty(cls) -> Workspace:
@@ -148,7 +178,8 @@ def required(command: str, needs: str) -> Workspace:
 
 TEMPLATE = """\
 # Workspace of chinese-llama: what the commands below read where their options leave it out.
-# Relative paths are relative to this file. Run the commands in this order:
+# Relative paths are relative to this file. `chinese-llama adapt` runs every stage that is missing or
+# stale, in this order, and ends with a report (`--dry-run` shows the plan). One by one:
 #
 #   chinese-llama extend-vocab              your base's tokenizer with Chinese pieces added
 #   chinese-llama extend-model              your base's weights with rows for them
@@ -201,8 +232,16 @@ merge:
   loras: [plus, alpaca]
   output: work/merged
 
-# eval:
-#   text: {{zh: held-out-zh.jsonl, en: held-out-en.jsonl}}
+# control: {{}}              # also: the same pretraining on the base without new pieces, to compare with
+
+eval:                      # what `adapt` measures at the end, and `chinese-llama eval`
+  # text: {{zh: held-out-zh.jsonl, en: held-out-en.jsonl}}     # default: what pt_lora's eval_split holds out
+  # prompts: questions.txt                                   # answered by base and result, side by side
+  # choices: {{ceval: data/ceval, cmmlu: data/cmmlu}}          # needs chinese-llama[eval]
+  # max_regression: {{en: 0.02}}                               # exit code 1 if bits per byte rise by more
+  output: work/report
+
+# launch: recipes/launch/single_gpu.yaml     # accelerate's configuration for `adapt`
 
 # adapters:                # more names for --loras
 #   pro: path/to/adapter

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from chinese_llama import artifacts
 from chinese_llama.artifacts import (
+    Asked,
     Manifest,
     hash_ahead,
     identity,
@@ -167,6 +168,32 @@ def test_the_first_difference_is_named(tmp_path: Path, change: dict[str, Any], d
         OutputExists, match=f"a was made {difference}; .* make it again: chinese-llama .* --force"
     ):
         stands(tmp_path / "a", replace(found, **change), force=False)
+
+
+def test_to_ask_changes_nothing_and_tells_the_state(tmp_path: Path) -> None:
+    inputs = {"base": {"path": "b", "sha256": "1"}}
+    wanted = Manifest("model", "test", inputs=inputs, settings={"r": 8})
+
+    def asked(wanted: Manifest) -> tuple[str, str]:
+        with pytest.raises(Asked) as answer:
+            stands(tmp_path / "a", wanted, force=True, keep="ask")
+        return answer.value.state, answer.value.why
+
+    assert asked(wanted) == ("missing", "") and not (tmp_path / "a").exists()
+    artifact(tmp_path / "a", inputs=inputs, settings={"r": 8})
+    assert asked(wanted) == ("stands", "")
+    assert asked(replace(wanted, settings={"r": 9})) == ("stale", "with r 8, and 9 is asked for")
+
+
+def test_a_result_that_lost_a_file_does_not_stand(tmp_path: Path) -> None:
+    found = artifact(tmp_path / "a")
+    file = tmp_path / "a" / next(iter(found.files))
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(OutputExists, match=r"was made whole, but its .* has been changed since"):
+        stands(tmp_path / "a", found, force=False)
+    file.unlink()
+    with pytest.raises(OutputExists, match=r"was made whole, but its .* has been removed since"):
+        stands(tmp_path / "a", found, force=False)
 
 
 # --- hashes that are known, or remembered

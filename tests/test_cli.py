@@ -46,7 +46,10 @@ def test_help_imports_no_model_library() -> None:
 
 
 def test_every_command_is_there() -> None:
-    wanted = "init train-vocab extend-vocab audit-vocab extend-model prepare merge convert eval generate chat quickstart"
+    wanted = (
+        "init adapt quickstart train-vocab extend-vocab audit-vocab extend-model prepare merge convert "
+        "eval generate chat rate judge doctor"
+    )
     assert set(COMMANDS) == set(wanted.split())
 
 
@@ -65,7 +68,7 @@ def test_the_examples_are_understood(name: str) -> None:
     assert any(shlex.split(line)[1] == name for line in lines)
     for line in lines:
         _, command, *words = shlex.split(line)
-        COMMANDS[command].make_context(command, commandline.repeated(words))
+        COMMANDS[command].make_context(command, commandline.repeated([command, *words])[1:])
 
 
 def test_version(run: Run) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from chinese_llama.adapt.launch import recipe as module
 from chinese_llama.config import load_yaml
-from chinese_llama.quickstart.pipeline import recipe as module
 from chinese_llama.resources import shipped
 from chinese_llama.train.estimate import Estimate, estimate, settings_of
 from chinese_llama.train.fields import DEFAULTS, PretrainingFields, Recipe, TuningFields, resolve

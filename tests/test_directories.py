@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from chinese_llama.directories import MANIFEST, check_output, check_space, new_directory, write_text
+from chinese_llama.directories import (
+    MANIFEST,
+    alone_in,
+    check_output,
+    check_space,
+    empty,
+    new_directory,
+    write_text,
+)
 from chinese_llama.errors import Interrupted, OutputExists, UserError
 
 DEAD = 2**22 + 1  # above the largest process id that Linux gives
@@ -379,3 +387,25 @@ def test_space_that_leftovers_take_is_free(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(UserError, match="are to be written"):
             check_space(tmp_path / "a", 1201)
     assert names(tmp_path) == before
+
+
+def test_only_one_works_in_a_directory(tmp_path: Path) -> None:
+    with alone_in(tmp_path):
+        with (
+            pytest.raises(UserError, match="Another process works in .*; wait for it, or stop it"),
+            alone_in(tmp_path),
+        ):
+            pass
+    with alone_in(tmp_path):
+        pass
+
+
+def test_empty_leaves_the_directory_and_what_links_point_to(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    (inside / "deep" / "er").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "kept").write_text("x")
+    (inside / "file").write_text("x")
+    (inside / "link").symlink_to(outside)
+    empty(inside)
+    assert inside.is_dir() and not any(inside.iterdir()) and (outside / "kept").is_file()

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chinese_llama.evaluate.bits import evaluate
-from chinese_llama.merging.plan import load
+from chinese_llama.adapt.launch import recipe
+from chinese_llama.evaluate.models import Subject
+from chinese_llama.evaluate.run import Request, measure
+from chinese_llama.merging.plan import Step, load
 from chinese_llama.merging.stream import merge
 from chinese_llama.model.resize import extend_model
-from chinese_llama.quickstart.pipeline import recipe
 from chinese_llama.train.callbacks import read_log
 from tests import tiny
 
@@ -35,9 +36,11 @@ def test_training_in_bfloat16_learns_and_merges(
     )
     tensors = load_file(tmp_path / "plus" / "adapter_model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
-    merge(extended, [load("plus", tmp_path / "plus")], tmp_path / "merged")
+    merge(extended, [Step([load("plus", tmp_path / "plus")])], tmp_path / "merged")
     before, after = (
-        evaluate(str(place), {"zh": work / "zh.jsonl"})["sets"]["zh"]["bits_per_character"]
+        measure(Subject("m", str(place)), Request({"zh": work / "zh.jsonl"}))["texts"]["zh"][
+            "bits_per_character"
+        ]
         for place in (extended, tmp_path / "merged")
     )
     assert after < before - 0.2

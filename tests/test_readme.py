@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from chinese_llama import cli
-from chinese_llama.quickstart.pipeline import recipe
+from chinese_llama.adapt.launch import recipe
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -89,7 +89,10 @@ def test_a_workspace_without_base_says_what_to_add(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"extend_modl": {}}, r"chinese-llama\.yaml: unknown setting 'extend_modl'.*extend_model"),
-        ({"train_vocab": {"vocab_sise": 3}}, r"chinese-llama\.yaml: train_vocab\.vocab_sise: .*'vocab_size'"),
+        (
+            {"train_vocab": {"vocab_sise": 3}},
+            r"chinese-llama\.yaml: train_vocab: .*'vocab_sise'.*'vocab_size'",
+        ),
         ({"train_vocab": {"vocab_size": "many"}}, r"chinese-llama\.yaml: train_vocab\.vocab_size: .*many"),
         ({"train_vocab": 3}, r"chinese-llama\.yaml: .*train_vocab"),
         ({"adapters": ["a"]}, r"chinese-llama\.yaml: .*adapters"),

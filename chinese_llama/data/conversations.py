@@ -76,11 +76,11 @@ def file_conversations(
     found = None if format == "auto" else format
     for number, (line, record) in enumerate(records(file, bad=skip if on_bad == "skip" else None), 1):
         try:
-            found = found or _detected(record)
-            conversation = _conversation(found, record)
+            found = found or detected(record)
+            conversation = conversation_of(found, record)
             for text in (text for message in conversation for text in message.values()):
                 valid_unicode(file, line, text)
-        except (_Malformed, BadFile) as error:
+        except (Malformed, BadFile) as error:
             where = "" if line else f"record {number} "
             told = error if isinstance(error, BadFile) else BadFile(file, f"{where}{error}", line)
             if on_bad != "skip":
@@ -93,34 +93,44 @@ def file_conversations(
             left_out["empty"] += 1
 
 
-class _Malformed(Exception):
+class Malformed(Exception):
     """What is wrong with a record, to stand after the file's name."""
 
 
-def _detected(record: Any) -> str:
+def detected(record: Any) -> str:
+    """The format of a record. Raises Malformed for none that is known."""
     if isinstance(record, str):
-        raise _Malformed("is plain text; conversations come as .jsonl, .json or .parquet records.")
+        raise Malformed("is plain text; conversations come as .jsonl, .json or .parquet records.")
     for format, name in (("openai", "messages"), ("sharegpt", "conversations"), ("alpaca", "instruction")):
         if isinstance(record, dict) and name in record:
             return EITHER if format == "alpaca" else format
     known = "alpaca and belle (instruction, output), sharegpt (conversations), openai (messages)"
-    raise _Malformed(f"is in no known format (found: {_names(record)}); known are {known}.")
+    raise Malformed(f"is in no known format (found: {_names(record)}); known are {known}.")
 
 
-def _conversation(format: str, record: Any) -> list[Message]:
-    """The messages of a record; empty where no question is answered."""
-    if not isinstance(record, dict):
-        raise _Malformed(f"is no {format} record (found: {_names(record)}).")
+def conversation_of(format: str, record: Any) -> list[Message]:
+    """The messages of a record; empty where no question is answered. Raises Malformed."""
     try:
-        if format == "openai":
-            turns = _listed(record, "messages", "role", "content")
-        elif format == "sharegpt" or (format == "belle" and "conversations" in record):
-            turns = _listed(record, "conversations", "from", "value")
-        else:
-            turns = _fields(record, format != "alpaca")
-        return _alternating(turns)
-    except _Malformed as error:
-        raise _Malformed(f"is no {format} record: {error}.") from None
+        return _alternating(_turns(format, record))
+    except Malformed as error:
+        raise Malformed(f"is no {format} record: {error}.") from None
+
+
+def first_question(record: Any) -> str:
+    """What a user asks first in a record of any format, answered or not; '' where nobody asks. Raises Malformed."""
+    format = detected(record)
+    turns = _turns(format, {"output": "", **record} if format == EITHER else record)
+    return next((turn["content"] for turn in turns if turn["role"] == "user"), "")
+
+
+def _turns(format: str, record: Any) -> list[Message]:
+    if not isinstance(record, dict):
+        raise Malformed(f"it is no mapping (found: {_names(record)})")
+    if format == "openai":
+        return _listed(record, "messages", "role", "content")
+    if format == "sharegpt" or (format == "belle" and "conversations" in record):
+        return _listed(record, "conversations", "from", "value")
+    return _fields(record, format != "alpaca")
 
 
 def _alternating(turns: list[Message]) -> list[Message]:
@@ -134,7 +144,7 @@ def _alternating(turns: list[Message]) -> list[Message]:
     for index in range(first, last):
         wanted = ("user", "assistant")[(index - first) % 2]
         if turns[index]["role"] != wanted:
-            raise _Malformed(f"turn {index + 1} is the {turns[index]['role']}'s, not the {wanted}'s")
+            raise Malformed(f"turn {index + 1} is the {turns[index]['role']}'s, not the {wanted}'s")
     if first == last:
         return []
     return [turn for turn in system if turn["content"].strip()] + turns[first:last]
@@ -144,15 +154,15 @@ def _listed(record: dict[str, Any], name: str, role: str, content: str) -> list[
     """The turns of a record that lists them under `name`."""
     turns = record.get(name)
     if not isinstance(turns, list):
-        raise _Malformed(f"it has no list {name!r} (found: {_names(record)})")
+        raise Malformed(f"it has no list {name!r} (found: {_names(record)})")
     system = _text(record, "system", needed=False)
     found = [{"role": "system", "content": system}] if system else []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise _Malformed(f"turn {number} is not {{{role!r}, {content!r}}}")
+            raise Malformed(f"turn {number} is not {{{role!r}, {content!r}}}")
         speaker = _text(turn, role)
         if speaker.lower() not in ROLES:
-            raise _Malformed(f"turn {number} is from {speaker!r}; known are {', '.join(ROLES)}")
+            raise Malformed(f"turn {number} is from {speaker!r}; known are {', '.join(ROLES)}")
         found.append({"role": ROLES[speaker.lower()], "content": _text(turn, content)})
     return found
 
@@ -164,10 +174,10 @@ def _fields(record: dict[str, Any], belle: bool) -> list[Message]:
     turns = [{"role": "system", "content": system}] if system else []
     history = record.get("history") or []
     if not isinstance(history, list):
-        raise _Malformed("its 'history' is not a list of pairs of texts")
+        raise Malformed("its 'history' is not a list of pairs of texts")
     for pair in history:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise _Malformed("its 'history' is not a list of pairs of texts")
+            raise Malformed("its 'history' is not a list of pairs of texts")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     dialogue = _belle_turns(instruction) if belle else []
     if dialogue:
@@ -196,10 +206,10 @@ def _belle_turns(instruction: Any) -> list[Message]:
 def _text(record: dict[str, Any], name: str, needed: bool = True) -> str:
     """The text of a field; "" where it is null, or absent and not needed."""
     if needed and name not in record:
-        raise _Malformed(f"it has no {name!r} (found: {_names(record)})")
+        raise Malformed(f"it has no {name!r} (found: {_names(record)})")
     value = record.get(name)
     if value is not None and not isinstance(value, str):
-        raise _Malformed(f"its {name!r} is not text")
+        raise Malformed(f"its {name!r} is not text")
     return value or ""
 
 

@@ -34,7 +34,7 @@ def stream(
     tokenizer's template.
 
     `temperature` 0 takes the likeliest token. Parts never end inside a character. Raises UserError where
-    the ids leave no room in the model.
+    the ids leave no room in the model, and where the model gives NaN or infinity.
     """
     template = chat_template(tokenizer)
     stop = stop_ids(tokenizer, template) if template else [tokenizer.eos_token_id]
@@ -50,6 +50,10 @@ def stream(
         output = model(input_ids=step, past_key_values=past, use_cache=True)
         past = output.past_key_values
         logits = output.logits[0, -1].float()
+        if not logits.max().isfinite():  # NaN too: it is the maximum of what holds one
+            raise UserError(
+                "The model gives values that are not finite; it is damaged, or float16 is too narrow for it."
+            )
         if temperature > 0:
             index = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
         else:

@@ -27,6 +27,7 @@ Given = dict[str, Any]
 def merged_model(space: Workspace | None, given: Given, force: bool) -> tuple[Path, Manifest]:
     """Run `merge` with the options `given` and those of the plan or the workspace for the others."""
     plan, base, output, keep = planned(space, given)
+    keep = given.get("keep", keep)
     hash_ahead([base, *(adapter.path for adapter in plan.adapters)])  # while torch is imported
     from chinese_llama.merging.stream import merge
 

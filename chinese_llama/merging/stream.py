@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from chinese_llama.artifacts import (
+    Keep,
     Manifest,
     hash_ahead,
     identity_files,
@@ -113,7 +114,7 @@ class Work:
 
 
 def merge(
-    base: Path, steps: Sequence[Step], output: Path, options: Options | None = None, keep: bool = False
+    base: Path, steps: Sequence[Step], output: Path, options: Options | None = None, keep: Keep = False
 ) -> Manifest:
     """Write `base` with the adapters of `steps` baked in, in their order, to `output`; return its manifest.
 
@@ -127,7 +128,7 @@ def merge(
     manifest = Manifest("model", "merge", settings=_settings(base, steps, options))
     if keep:
         manifest.inputs = {role: input_record(place) for role, place in places.items()}
-        if stands(output, manifest, options.force):
+        if stands(output, manifest, options.force, keep):
             return read_manifest(output) or manifest
     check_output(output, options.force)
     hash_ahead(places.values())

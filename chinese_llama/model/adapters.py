@@ -94,15 +94,15 @@ def read_tensors(adapter: Adapter) -> Tensors:
     check_mergeable(adapter)
     halves: dict[str, dict[str, str]] = {}
     for key in found.file.keys():  # noqa: SIM118
-        _sort(found, key, halves)
+        sort_tensor(found, key, halves)
     for module, half in halves.items():
-        _pair(found, module, half)
+        pair_of(found, module, half)
     if not (found.pairs or found.matrices or found.rows):
         raise BadFile(adapter.file, "holds no tensors.")
     return found
 
 
-def _sort(found: Tensors, key: str, halves: dict[str, dict[str, str]]) -> None:
+def sort_tensor(found: Tensors, key: str, halves: dict[str, dict[str, str]]) -> None:
     """Put one tensor of the file where it belongs."""
     name = key.removeprefix(PREFIX)
     if TRAINING.search(name):
@@ -121,7 +121,7 @@ def _sort(found: Tensors, key: str, halves: dict[str, dict[str, str]]) -> None:
         raise BadFile(found.file.file, f"the tensor {key} is of a kind that cannot be merged.")
 
 
-def _pair(found: Tensors, module: str, half: dict[str, str]) -> None:
+def pair_of(found: Tensors, module: str, half: dict[str, str]) -> None:
     file, config = found.file, found.adapter.config
     embedding = "embedding_A" in half or "embedding_B" in half
     a, b = (half.get(("embedding_" if embedding else "") + side) for side in "AB")

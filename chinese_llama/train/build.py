@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from chinese_llama.errors import DoesNotFit, OutputExists
-from chinese_llama.merging.fit import check_fit
-from chinese_llama.merging.merged import bake
+from chinese_llama.merging.live import bake_in, grow
 from chinese_llama.merging.plan import Adapter, Step, check_lineage, load
-from chinese_llama.merging.stream import Options, load_steps, merge
+from chinese_llama.merging.stream import Options, merge
 from chinese_llama.model.adapters import whole_rows
 from chinese_llama.model.load import check_pair, check_tokenizer, first_new_id, load_model
 from chinese_llama.model.lora import add_lora, continue_lora, lora_config
@@ -38,14 +37,13 @@ def build(recipe: Recipe[Any], adapters: list[Adapter], tokenizer: Any, argument
     check_lineage(place, [*adapters, *([going_on] if going_on else [])])
     if fields.quantization == "none":
         model = load_model(place, fields.dtype)
-        if adapters:
-            _bake(model, place, adapters)
+        bake_in(model, place, adapters)
     else:
         if adapters:
             place = _merged(place, adapters, arguments)
         model = load_model(place, fields.dtype, fields.quantization, training_device())
     if going_on:
-        _grow(model, whole_rows(going_on))
+        grow(model, whole_rows(going_on))
     check_pair(model, tokenizer, fields.model_name_or_path)
     model.config.use_cache = False
     if going_on:
@@ -99,18 +97,6 @@ def check_length(place: Path, length: int) -> None:
     limit = Weights(place).config().get("max_position_embeddings")
     if limit and length > limit:
         raise DoesNotFit(f"A block of {length} tokens is longer than the model's limit of {limit}.")
-
-
-def _bake(model: Any, place: Path, adapters: list[Adapter]) -> None:
-    loaded = load_steps([Step([adapter]) for adapter in adapters])
-    _grow(model, check_fit(Weights(place), place, loaded))
-    bake(model, loaded)
-
-
-def _grow(model: Any, rows: int | None) -> None:
-    """Room for the rows that an adapter brings whole (the published ones bring all of them)."""
-    if rows and rows > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _merged(place: Path, adapters: list[Adapter], arguments: Any) -> Path:

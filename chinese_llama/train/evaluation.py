@@ -90,7 +90,10 @@ class Evaluation(TrainerCallback):
         model.eval()
         try:
             with self.trainer.compute_loss_context_manager():
-                return {name: score(model, windows, filler, batch) for name, windows in self.texts.items()}
+                return {
+                    name: score(model, windows, filler, batch).figures()
+                    for name, windows in self.texts.items()
+                }
         except UserError as error:
             raise UserError(
                 f"At step {state.global_step:,} the measures are not finite. Likely cause: {self.trainer.cause()}."

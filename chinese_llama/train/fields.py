@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from chinese_llama import stages, workspace
+from chinese_llama.artifacts import Keep
 from chinese_llama.config import load_yaml, parse_fields, parse_value, typed
 from chinese_llama.data.mixture import sources
 from chinese_llama.errors import UserError, nearest
@@ -65,7 +66,7 @@ LEAST = {  # of TrainingArguments' numbers, where less makes no sense
 # What may change between a run and its continuation, and does not make another adapter.
 NEUTRAL = (
     "logging_steps", "per_device_eval_batch_size", "save_steps", "save_total_limit", "eval_steps", "eval_text", "report_to", "run_name", "force", "dry_run",
-    "prepared_dir", "max_regression", "on_regression", "dataloader_num_workers", "dataloader_pin_memory",
+    "prepared_dir", "keep", "max_regression", "on_regression", "dataloader_num_workers", "dataloader_pin_memory",
     "logging_nan_inf_filter", "disable_tqdm", "ddp_timeout", "remove_unused_columns",
 )  # fmt: skip
 
@@ -80,8 +81,9 @@ class Fields(ABC):
     adapter, whose own settings then hold. `dtype`: of the frozen weights; auto is bfloat16 on a GPU that
     has it, else float32. `eval_text`: {name: file} of texts that are measured at the first step, every
     `eval_steps` and at the last; `max_regression`: {name: share} by which the bits per byte of a text may
-    rise over the first figure. `prepared_dir`: where packed data is kept. `force`: replace an output that
-    is there.
+    rise over the first figure. `prepared_dir`: where packed data is kept. `keep`: do nothing if the output was
+    made from the same inputs with the same settings (a workspace's own is kept anyway); `force`: replace an
+    output that is there.
     """
 
     model_name_or_path: str = ""
@@ -107,6 +109,7 @@ class Fields(ABC):
     on_regression: str = "warn"
     prepared_dir: str | None = None  # default: `prepared` beside the output
     dry_run: bool = False
+    keep: bool = False
     force: bool = False
 
     @property
@@ -160,31 +163,45 @@ F = TypeVar("F", bound=Fields)
 class Recipe(Generic[F]):
     """A resolved recipe: our fields, TrainingArguments' fields, and the workspace it was run in.
 
-    `keep`: the output is the workspace's own, so one that stands is kept.
+    `keep`: an output that stands is kept, such as the workspace's own.
     """
 
     name: str
     fields: F
     training: dict[str, Any]
     workspace: workspace.Workspace | None
-    keep: bool
+    keep: Keep
 
 
 def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[str]) -> Recipe[F]:
-    """The recipe `name`, with its own `defaults`, from `--config FILE --field value ...` and the workspace.
+    """The recipe `name` as `checked` reads it, its base made if the workspace lacks it, hub ids fetched."""
+    recipe = checked(name, cls, defaults, argv)
+    fields, found = recipe.fields, recipe.workspace
+    if not fields.model_name_or_path and found:
+        fields.model_name_or_path = str(_base_for_training(found))
+    for place in ("model_name_or_path", "tokenizer_name_or_path", "init_adapter"):
+        if getattr(fields, place):
+            setattr(fields, place, str(local(getattr(fields, place))))
+    return recipe
+
+
+def checked(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[str]) -> Recipe[F]:
+    """The recipe `name`, with its own `defaults`, from `--config FILE --field value ...` and the workspace: the
+    nearest one, or that of `--workspace FILE`. Nothing is made.
 
     Without --config, the workspace's section is the configuration; with it, the workspace only
     fills in the places (model and adapters below it, data, output) that are left out. Raises UserError.
     """
     file, given = parse_fields(argv)
-    found = workspace.find()
+    named = given.pop("workspace", None)
+    found = workspace.Workspace(Path(str(named))) if named else workspace.find()
     where = str(file) if file else str(found.file) if found else "command line"
     section = _section(found, name)
     values = {**(load_yaml(file) if file else section), **given}
     keep = "output_dir" not in values if file else "output_dir" not in given
     places = ["data", "output_dir"]
     if not values.get("model_name_or_path"):
-        found = workspace.required(name, "--model_name_or_path")
+        found = found or workspace.required(name, "--model_name_or_path")
         places.append("adapters")
     elif "model_name_or_path" in given and "adapters" not in given and not file:
         values.pop("adapters", None)  # the workspace's adapters belong to the workspace's model
@@ -207,12 +224,7 @@ def resolve(name: str, cls: type[F], defaults: dict[str, Any], argv: Sequence[st
     _check_training(name, training, fields)
     for source in sources(fields.data):
         source.list_files()  # complain about the data before anything is made or loaded
-    if not fields.model_name_or_path and found:
-        fields.model_name_or_path = str(_base_for_training(found))
-    for place in ("model_name_or_path", "tokenizer_name_or_path", "init_adapter"):
-        if getattr(fields, place):
-            setattr(fields, place, str(local(getattr(fields, place))))
-    return Recipe(name, fields, training, found, keep and found is not None)
+    return Recipe(name, fields, training, found, fields.keep or (keep and found is not None))
 
 
 def _section(found: workspace.Workspace | None, name: str) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _filled(argv: Sequence[str]) -> list[str]:
     """`argv` with what only training needs filled in from what was given."""
     given = {word.partition("=")[0].replace("-", "_"): number for number, word in enumerate(argv)}
     words = list(argv)
-    if not {"__config", "__prepared_dir", "__output_dir"} & set(given) and find() is None:
+    if not {"__config", "__prepared_dir", "__output_dir", "__workspace"} & set(given) and find() is None:
         raise UserError("prepare: say where the data goes with --prepared-dir DIRECTORY.")
     for needed, stand_in in (
         ("model_name_or_path", "tokenizer_name_or_path"),

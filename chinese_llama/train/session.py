@@ -7,12 +7,14 @@ checkpoint; the adapter appears in `output_dir` whole, when training is over.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from chinese_llama.artifacts import Manifest, identity, input_record, read_manif
 from chinese_llama.data.mixture import names
 from chinese_llama.data.prepare import Job, Prepared, prepare, source_digest
 from chinese_llama.data.templates import stop_ids
-from chinese_llama.directories import check_apart, check_output, write_text
+from chinese_llama.directories import alone_in, check_apart, check_output, empty, write_text
 from chinese_llama.errors import Interrupted, UserError
 from chinese_llama.merging.plan import Adapter, resolve
 from chinese_llama.model.load import load_tokenizer, resolve_dtype
@@ -59,17 +61,12 @@ def run(recipe: Recipe[Any], job: Job) -> Manifest:
             _run(recipe, job, adapters, manifest, Path(place))
         return manifest
     check_apart(output, manifest.places())
-    if recipe.keep and stands(output, manifest, fields.force):
+    if recipe.keep and stands(output, manifest, fields.force, recipe.keep):
         say(f"{recipe.name}: {output} stands; --force trains it again.")
         return read_manifest(output) or manifest
     check_output(output, fields.force)
-    directory = _run_directory(output, manifest, fields.force)
-    try:
+    with _run_directory(output, manifest, fields.force) as directory:
         _run(recipe, job, adapters, manifest, directory)
-    except BaseException:
-        if _is_first_process() and not last_checkpoint(directory):
-            shutil.rmtree(directory, ignore_errors=True)  # nothing to go on from
-        raise
     return manifest
 
 
@@ -148,12 +145,15 @@ def _tokenizer_digest(directory: Path) -> str:
     return found[0] if found else ""
 
 
-def _run_directory(output: Path, manifest: Manifest, force: bool) -> Path:
-    """`<output>.run`, new or of the same run. Another run that was left there is removed if it has no
-    checkpoint or `force` says so; else raises UserError."""
+@contextlib.contextmanager
+def _run_directory(output: Path, manifest: Manifest, force: bool) -> Iterator[Path]:
+    """`<output>.run`, new or of the same run, for this process alone; without a checkpoint it does not outlive a
+    failure. Another run that was left there is removed if it has no checkpoint or `force` says so; else raises
+    UserError."""
     directory = output.with_name(output.name + ".run")
     if not _is_first_process():
-        return directory
+        yield directory
+        return
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     what = {
         "processes": processes,
@@ -162,21 +162,27 @@ def _run_directory(output: Path, manifest: Manifest, force: bool) -> Path:
     }
     text = json.dumps(what, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     record = directory / "run.json"
-    if directory.is_dir() and not (record.is_file() and record.read_text(encoding="utf-8") == text):
-        if last_checkpoint(directory) and not force:
-            raise UserError(
-                f"{directory} holds an unfinished run with other inputs, settings or processes; finish that one with "
-                "the same command, or start anew with --force true."
-            )
-        shutil.rmtree(directory, ignore_errors=True)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"{directory} cannot be written ({error.strerror}); give a writable output."
         ) from error
-    write_text(record, text)
-    return directory
+    with alone_in(directory):
+        if not (record.is_file() and record.read_text(encoding="utf-8") == text):
+            if last_checkpoint(directory) and not force:
+                raise UserError(
+                    f"{directory} holds an unfinished run with other inputs, settings or processes; finish that one with "
+                    "the same command, or start anew with --force true."
+                )
+            empty(directory)
+        write_text(record, text)
+        try:
+            yield directory
+        except BaseException:
+            if not last_checkpoint(directory):
+                shutil.rmtree(directory, ignore_errors=True)  # nothing to go on from
+            raise
 
 
 def _trainer(

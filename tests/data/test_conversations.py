@@ -132,7 +132,7 @@ def test_whatever_is_read_begins_with_a_question_and_ends_with_an_answer(
 
 
 MALFORMED = [
-    ("auto", "[1, 2]", r"line 2: is no alpaca or belle record \(found: list\)"),
+    ("auto", "[1, 2]", r"line 2: is no alpaca or belle record: it is no mapping \(found: list\)"),
     ("alpaca", {"instruction": "x"}, r"line 2: is no alpaca record: it has no 'output' \(found: instruction\)"),
     ("alpaca", {"output": "x"}, r"is no alpaca record: it has no 'instruction' \(found: output\)"),
     ("alpaca", alpaca(["x"]), r"is no alpaca record: its 'instruction' is not text"),

@@ -12,8 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chinese_llama.errors import BadFile, DoesNotFit, UserError
-from chinese_llama.evaluate.bits import Window, evaluate, evaluate_text, window_nats, windows
+from chinese_llama.errors import UserError
+from chinese_llama.evaluate import bits
+from chinese_llama.evaluate.bits import (
+    NotFinite,
+    Window,
+    evaluate_text,
+    score,
+    text_windows,
+    window_length,
+    window_nats,
+    window_stride,
+    windows,
+)
 from chinese_llama.model.load import load_model, load_tokenizer
 from tests import tiny
 
@@ -54,23 +65,86 @@ def test_windows_score_every_id_but_the_first_exactly_once(count: int, sizes: tu
     assert scored == ids[1:]
 
 
-@pytest.mark.parametrize("stride", [128, 500])
+@pytest.mark.parametrize("stride", [128, 500, 0, -1])
 def test_a_stride_that_would_skip_ids_is_refused(model: Any, reader: Any, stride: int) -> None:
     """The pico model sees 128 ids: from there on a window would have no context."""
-    with pytest.raises(UserError, match="stride"):
+    with pytest.raises(
+        UserError, match=f"A stride of {stride} does not fit windows of 128 tokens; give 1 to 127"
+    ):
         evaluate_text(model, reader, [LONG], stride=stride)
 
 
-def test_a_batch_gives_what_windows_give_one_by_one(model: Any) -> None:
+def test_windows_are_as_long_as_the_model_reads_within_reason() -> None:
+    assert window_length(128) == 128
+    assert window_length(131_072) == window_length(None) == bits.WINDOW
+    assert window_length(131_072, 8192) == window_length(None, 8192) == 8192
+    assert window_stride(2) == 1
+    with pytest.raises(UserError, match="A window of 129 tokens is longer than the model's context of 128"):
+        window_length(128, 129)
+    for asked in (1, 0, -5):
+        with pytest.raises(UserError, match=f"A window of {asked} leaves nothing"):
+            window_length(128, asked)
+
+
+@pytest.mark.parametrize("chunk", [bits.CHUNK, 7, 1])
+def test_a_batch_gives_what_windows_give_one_by_one(
+    model: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = torch.Generator().manual_seed(0)
     batch = [
         Window([1, *torch.randint(3, 500, (size,), generator=draw).tolist()], context)
         for size, context in ((1, 1), (5, 1), (30, 12), (30, 30), (90, 4))
     ]
-    together = window_nats(model, batch, filler=2)
     alone = [window_nats(model, [window], filler=2)[0] for window in batch]
-    assert together == pytest.approx(alone, rel=1e-5)
+    monkeypatch.setattr(bits, "CHUNK", chunk)
+    assert window_nats(model, batch, filler=2) == pytest.approx(alone, rel=1e-5)
+    late = [window for window in batch if window.context > 1]  # the first scored id is not the second
+    assert window_nats(model, late, filler=2) == pytest.approx(alone[2:], rel=1e-5)
     assert min(alone) > 0
+
+
+@torch.no_grad()
+def test_a_model_that_gives_all_logits_is_read_alike(model: Any) -> None:
+    """Not every model knows `logits_to_keep`."""
+
+    class Deaf:
+        device = model.device
+
+        def __call__(self, input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int) -> Any:
+            return model(input_ids=input_ids)
+
+    batch = [Window([1, 5, 9, 33, 7], 3), Window([1, 5, 9], 2)]
+    assert window_nats(Deaf(), batch, 2) == pytest.approx(window_nats(model, batch, 2), rel=1e-5)
+
+
+def test_batches_give_each_document_what_it_gets_alone(model: Any, reader: Any) -> None:
+    texts = [*tiny.ENGLISH[:5], *tiny.CHINESE[:5], LONG, "a"]
+    made = text_windows(reader, texts, 128)
+    together, singly = (score(model, made, 2, batch_tokens) for batch_tokens in (4096, 1))
+    assert together.nats == pytest.approx(singly.nats, rel=1e-5)
+    alone = [evaluate_text(model, reader, [text]) for text in texts]
+    wanted = [told["bits_per_character"] * told["characters"] * math.log(2) for told in alone]
+    assert together.nats == pytest.approx(wanted, rel=1e-5)
+    assert together.characters == [len(text) for text in texts]
+    assert together.bytes == [len(text.encode()) for text in texts]
+    assert together.tokens == [told["tokens"] for told in alone]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), LENGTHS)
+def test_the_context_is_what_is_seen_before_a_scored_token(counts: list[int], sizes: tuple[int, int]) -> None:
+    class Letters:
+        bos_token_id = 0
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [1] * len(text)}
+
+    made = text_windows(Letters(), ["x" * count for count in counts], *sizes)
+    seen = [place for w in made.windows for place in range(w.context, len(w.ids))]
+    assert len(seen) == sum(counts) == sum(made.tokens)
+    assert made.context == pytest.approx(sum(seen) / len(seen))
+    if max(counts) < sizes[0]:
+        assert made.context == sum(n * (n + 1) / 2 for n in counts) / sum(counts)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +160,7 @@ def test_the_figures_are_sums_of_log_probabilities(model: Any, reader: Any, text
     assert told["characters_per_token"] == len(text) / (len(ids) - 1)
     counts = [told[name] for name in ("characters", "bytes", "tokens", "documents")]
     assert counts == [len(text), len(text.encode()), len(ids) - 1, 1]
+    assert (told["window"], told["stride"], told["context"]) == (128, 64, len(ids) / 2)
 
 
 @pytest.mark.parametrize("stride", [None, 100, 127])
@@ -120,38 +195,37 @@ def test_literal_control_tokens_are_text(model: Any, reader: Any, extended: Path
     assert evaluate_text(model, reader, [text])["tokens"] == len(reference.encode(text))
 
 
-def test_a_model_that_gives_nan_is_told(extended: Path, reader: Any) -> None:
+@pytest.mark.parametrize(("value", "said"), [(torch.nan, "nan"), (torch.inf, "nan")])
+def test_a_model_that_gives_no_number_is_told(extended: Path, reader: Any, value: float, said: str) -> None:
     damaged = load_model(extended, "float32")
     with torch.no_grad():
-        damaged.model.norm.weight[0] = torch.nan
-    with pytest.raises(UserError, match="values that are not finite; is it damaged, or in float16"):
+        damaged.model.norm.weight[0] = value
+    with pytest.raises(NotFinite, match=rf"gives document 1 values that are not finite \({said}\)"):
         evaluate_text(damaged, reader, ["abc"])
 
 
-def test_evaluate_reads_files_and_names_the_sets(work: Path, extended: Path) -> None:
-    told = evaluate(str(extended), {"zh": work / "zh.jsonl", "en": work / "en.jsonl"})
-    assert told["model"] == str(extended)
-    assert set(told["sets"]) == {"zh", "en"}
-    assert told["sets"]["zh"]["documents"] == len(tiny.CHINESE)
-    assert told["sets"]["zh"]["characters"] == sum(map(len, tiny.CHINESE))
-    names = "bits_per_character bits_per_byte perplexity characters_per_token characters bytes tokens"
-    assert set(told["sets"]["en"]) >= set(names.split())
+def test_a_token_that_cannot_be_is_told_with_its_document(extended: Path, reader: Any) -> None:
+    """A logit of -inf makes the loss of that token infinite, of no other."""
+    ids = [reader(text, add_special_tokens=False).input_ids for text in ("a b", "z")]
+    only = next(index for index in ids[1] if index not in ids[0])
+
+    class Forbidding:
+        def __init__(self, model: Any) -> None:
+            self.model, self.device = model, model.device
+
+        def __call__(self, **inputs: Any) -> Any:
+            told = self.model(**inputs)
+            told.logits[..., only] = -torch.inf
+            return told
+
+    model = Forbidding(load_model(extended, "float32"))
+    made = text_windows(reader, ["a b", "z", "a b"], 128)
+    with pytest.raises(NotFinite, match=r"document 2 values that are not finite \(inf\)") as caught:
+        score(model, made, 2)
+    assert caught.value.document == 1
 
 
-def test_bad_text_is_told_before_the_model_is_loaded(extended: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadFile, match=r"no.jsonl: no such file"):
-        evaluate("/no/model", {"zh": tmp_path / "no.jsonl"})
-    (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(BadFile, match=r"empty.txt: holds no text"):
-        evaluate("/no/model", {"zh": tmp_path / "empty.txt"})
-
-
-def test_a_tokenizer_that_does_not_fit_the_model_is_refused(
-    base: Path, extended: Path, work: Path, tmp_path: Path
-) -> None:
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((base / name).read_bytes())
-    for file in extended.glob("tokenizer*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(DoesNotFit, match="only 420 rows"):
-        evaluate(str(tmp_path), {"zh": work / "zh.jsonl"})
+def test_a_text_without_a_token_is_refused(reader: Any) -> None:
+    for texts in ([], [""], ["", ""]):
+        with pytest.raises(UserError, match="not one token"):
+            text_windows(reader, texts, 128)

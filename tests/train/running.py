@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from chinese_llama.quickstart.pipeline import recipe
+from chinese_llama.adapt.launch import recipe
 from chinese_llama.resources import shipped
 from chinese_llama.train.callbacks import read_log
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from chinese_llama.adapt.launch import recipe
 from chinese_llama.artifacts import read_manifest
 from chinese_llama.errors import UserError
-from chinese_llama.quickstart.pipeline import recipe
 from chinese_llama.resources import shipped
 from chinese_llama.train.callbacks import read_log
 from tests import tiny

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from chinese_llama.adapt.launch import recipe
 from chinese_llama.artifacts import read_manifest
 from chinese_llama.data.published import TEMPLATES
 from chinese_llama.data.templates import fit_template, prompt_ids
@@ -16,7 +17,6 @@ from chinese_llama.merging.plan import Step, load
 from chinese_llama.merging.stream import merge
 from chinese_llama.model.load import load_tokenizer
 from chinese_llama.model.resize import extend_model
-from chinese_llama.quickstart.pipeline import recipe
 from tests import tiny
 from tests.train.running import losses
 

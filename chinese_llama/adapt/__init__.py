@@ -1,0 +1,1 @@
+"""Every stage of an adaptation from one workspace file."""

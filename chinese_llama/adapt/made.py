@@ -1,0 +1,103 @@
+"""What a workspace's result was made from, for the report: artifacts, vocabulary, training curves, settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from chinese_llama.adapt.subjects import CONTROL, control_output
+from chinese_llama.artifacts import Manifest, read_manifest
+from chinese_llama.train.callbacks import LOG, read_log
+from chinese_llama.vocab import report as vocab_report
+from chinese_llama.workspace import Workspace
+
+Told = dict[str, Any]
+
+
+def made_from(space: Workspace, manifest: Manifest) -> Told:
+    """{"artifacts", "vocabulary", "curves", "settings", "seconds"} of the stages that are there."""
+    places = _places(space)
+    manifests = {name: read_manifest(place) for name, place in places.items()}
+    return {
+        "artifacts": _artifacts(places, manifests, manifest),
+        "vocabulary": _vocabulary(space),
+        "curves": {name: log for name, place in places.items() if (log := _curve(place, manifests[name]))},
+        "settings": _settings(space),
+    }
+
+
+def _places(space: Workspace) -> dict[str, Path]:
+    """Names of the artifacts of a workspace that are there, in the order in which they are made."""
+    s = space.settings
+    places = {
+        "base": Path(space.base()),
+        "Chinese vocabulary": space.path(s.train_vocab.output),
+        "tokenizer": space.path(s.extend_vocab.output),
+        "extended": space.path(s.extend_model.output),
+    }
+    if s.control is not None:
+        places[CONTROL] = control_output(space)
+    places |= {
+        name: Path(place) for name, place in space.adapters().items() if name in map(str, s.merge.loras)
+    }
+    places["merged"] = space.path(s.merge.output)
+    return {name: place for name, place in places.items() if place.is_dir()}
+
+
+def _artifacts(
+    places: dict[str, Path], manifests: dict[str, Manifest | None], manifest: Manifest
+) -> list[Told]:
+    found = []
+    for name, place in places.items():
+        made = manifests[name]
+        known = manifest.inputs.get(name, {}).get("sha256") or (made.sha256 if made else "")
+        rows = made.vocab_size if made else None
+        told = {"role": name, "path": str(place), "sha256": known, "vocab_size": rows}
+        found.append(
+            {**told, "made_by": made.command if made else None, "created": made.created if made else None}
+        )
+    texts = {
+        r: v for r, v in manifest.inputs.items() if r.startswith("text:") or r in ("prompts", "wikitext")
+    }
+    return [*found, *({"role": role, **record} for role, record in texts.items())]
+
+
+def _vocabulary(space: Workspace) -> Told | None:
+    """What the tokenizer's report says of the text kept apart from its corpus, else of the probe texts."""
+    place = space.path(space.settings.extend_vocab.output)
+    if not (place / vocab_report.REPORT).is_file():
+        return None
+    told = vocab_report.read(place)
+    name, figures = list(vocab_report.sets(told).items())[-1]
+    return {
+        "base_size": told["base_vocab_size"],
+        "size": told["vocab_size"],
+        "added": told["new_pieces"],
+        "policy": told["policy"],
+        "measured_on": name,
+        "scripts": figures["scripts"],
+    }
+
+
+def _curve(place: Path, manifest: Manifest | None) -> list[Told]:
+    """The log of a training, with the characters read so far where its manifest tells how many a step reads."""
+    if manifest is None:
+        return []
+    log = read_log(place / LOG) or manifest.metrics.get("log") or []
+    sources = manifest.metrics.get("sources") or []
+    tokens = sum(source["tokens"] for source in sources)
+    if not tokens:
+        return log
+    each = manifest.metrics["tokens_per_step"] * sum(source["characters"] for source in sources) / tokens
+    return [{**entry, "characters": round(entry["step"] * each)} for entry in log]
+
+
+def _settings(space: Workspace) -> Told:
+    """The sections of the workspace file, and plain settings as a section of their own."""
+    found = dataclasses.asdict(space.settings)
+    sections = {name: value for name, value in found.items() if isinstance(value, dict) and value}
+    plain = {
+        name: value for name, value in found.items() if not isinstance(value, dict) and value is not None
+    }
+    return {"workspace": plain, **sections}

@@ -1,0 +1,1 @@
+"""What is wrong with models, adapters, tokenizers and data, and whether they fit: `chinese-llama doctor`."""

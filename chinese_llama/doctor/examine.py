@@ -1,0 +1,259 @@
+"""What several paths are, whether they belong together, in which order they merge, and what is wrong with each."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from chinese_llama import __version__
+from chinese_llama.data.mixture import sources
+from chinese_llama.doctor.adapter import check_adapter
+from chinese_llama.doctor.data import check_data_together, check_unknown, look
+from chinese_llama.doctor.finding import Finding, guarded, some
+from chinese_llama.doctor.model import check_model
+from chinese_llama.doctor.readings import check_extension
+from chinese_llama.doctor.survey import Survey
+from chinese_llama.doctor.things import Thing, recognise
+from chinese_llama.doctor.together import check_together
+from chinese_llama.doctor.tokenizer import check_tokenizer
+from chinese_llama.errors import UserError
+from chinese_llama.hub import is_hub_id
+from chinese_llama.progress import say
+from chinese_llama.workspace import FILE, Workspace
+
+SEVERITIES = ("error", "warning", "note")
+COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+INSIDE = 20  # things in a directory that are looked at
+MODELS = ("model", "meta checkpoint")
+
+
+@dataclass
+class Report:
+    """`things`: what there is; `order`: the commands that merge the adapters; `findings`, the worst first."""
+
+    things: list[Thing] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """How many findings there are of each severity."""
+        counted = Counter[str](finding.severity for finding in self.findings)
+        return {severity: counted[severity] for severity in SEVERITIES}
+
+    @property
+    def exit_code(self) -> int:
+        """1 where something is broken, else 0."""
+        return int(any(finding.severity == "error" for finding in self.findings))
+
+
+def examine(paths: list[Path]) -> Report:
+    """Look at everything that is at the paths; a workspace stands for all that it names. Raises UserError for a path
+    that does not exist; all else that is wrong becomes a finding."""
+    for path in paths:
+        if not path.exists():
+            hint = " (a hub id? download it first)" if is_hub_id(path) else ""
+            raise UserError(f"{path}: no such file or directory{hint}.")
+    report = Report()
+    surveys: list[Survey] = []
+    told: set[Path] = set()
+    for path, measures in _expanded(paths, report.findings):
+        say(f"Looking at {path} ...")
+        thing = _recognised(path)
+        if measures:
+            thing.facts["measures"] = True
+        report.things.append(thing)
+        found = list(guarded(path, _checked(thing, surveys)))
+        told |= {path} if thing.kind == "unknown" and found else set()
+        report.findings += found
+    report.findings += guarded(Path("the data"), check_data_together(surveys))
+    places = [thing.path for thing in report.things if "pieces" in thing.facts and thing.kind != "vocabulary"]
+    report.findings += guarded(Path("the tokenizers"), check_extension(places))
+    others = [thing for thing in report.things if thing.path not in told]
+    report.findings += guarded(Path("all of it"), _together(report, others))
+    report.findings = _sorted(report.findings)
+    return report
+
+
+def _recognised(path: Path) -> Thing:
+    """What is at a path; "unknown" with the problem, where it cannot even be told."""
+    try:
+        return recognise(path)
+    except Exception as error:  # content that nobody foresaw
+        return Thing(path, "unknown", "cannot be read", {"problem": f"{type(error).__name__}: {error}"[:200]})
+
+
+def _checked(thing: Thing, surveys: list[Survey]) -> Iterator[Finding]:
+    """What is wrong with one thing; surveys of data are kept."""
+    if thing.kind in MODELS:
+        yield from guarded(thing.path, check_model(thing))
+    elif thing.kind == "adapter":
+        yield from guarded(thing.path, check_adapter(thing))
+    elif thing.kind == "data":
+        found, survey = look(thing)
+        yield from found
+        surveys += [survey] if survey else []
+    elif thing.kind == "unknown":
+        yield from check_unknown(thing)
+    if thing.kind in (*MODELS, "adapter", "tokenizer", "vocabulary"):
+        yield from guarded(thing.path, check_tokenizer(thing))
+
+
+def _together(report: Report, things: list[Thing]) -> Iterator[Finding]:
+    report.order, findings = check_together(things)
+    yield from findings
+
+
+def _sorted(findings: list[Finding]) -> list[Finding]:
+    """Each finding once, the worst first, those of a place together."""
+    once = {json.dumps(asdict(finding)): finding for finding in findings}
+    return sorted(once.values(), key=lambda one: SEVERITIES.index(one.severity))
+
+
+# --- what the paths stand for
+
+
+def _expanded(paths: list[Path], findings: list[Finding]) -> Iterator[tuple[Path, bool]]:
+    """The paths that are looked at, each once, and whether it is there to measure with."""
+    seen: set[Path] = set()
+    for path in paths:
+        for one, measures in _stands_for(path, findings):
+            if one.resolve() not in seen:
+                seen.add(one.resolve())
+                yield one, measures
+
+
+def _stands_for(path: Path, findings: list[Finding]) -> Iterator[tuple[Path, bool]]:
+    thing = _recognised(path)
+    if thing.kind == "workspace":
+        yield from _workspace(path if path.is_file() else path / FILE, findings)
+        return
+    inside = thing.facts.get("inside") or []
+    if thing.kind == "unknown" and 0 < len(inside) <= INSIDE:
+        yield from ((Path(place), False) for place in inside)
+        return
+    yield path, False
+
+
+def _workspace(file: Path, findings: list[Finding]) -> Iterator[tuple[Path, bool]]:
+    """All that a workspace names and that is there; what is not is told."""
+    try:
+        space = Workspace(file)
+        named = _named(space)
+    except (UserError, TypeError, AttributeError, ValueError) as error:
+        told = str(error).removeprefix(f"{file.absolute()}: ")
+        findings.append(
+            Finding(
+                "error",
+                "workspace-not-readable",
+                str(file),
+                f"The workspace cannot be read: {told}",
+                [],
+                "Correct it.",
+            )
+        )
+        return
+    missing = [f"{what}: {place}" for what, place in named if not Path(place).exists()]
+    if missing:
+        findings.append(
+            Finding(
+                "note", "workspace-names-missing", str(file),
+                f"{len(missing)} of the {len(named)} places that the workspace names do not exist (yet).", some(missing),
+                "What the commands make, they make when they are run; inputs have to be put there.",
+            )
+        )  # fmt: skip
+    for what, place in named:
+        if Path(place).exists():
+            yield Path(place), what.startswith("eval")
+
+
+def _named(space: Workspace) -> list[tuple[str, str]]:
+    """What a workspace names: what it is for, and where. Raises UserError for data that are no paths."""
+    settings = space.settings
+    found = [("base", space.base())] if settings.base else []
+    for section, made in (("extend_vocab", settings.extend_vocab), ("extend_model", settings.extend_model)):
+        found.append((f"{section}.output", str(space.path(made.output))))
+    found += [(f"adapter {name}", place) for name, place in space.adapters().items()]
+    found.append(("merge.output", str(space.path(settings.merge.output))))
+    for section, data in (
+        ("train_vocab.corpus", settings.train_vocab.corpus),
+        ("extend_vocab.corpus", settings.extend_vocab.corpus),
+        ("pt_lora.data", settings.pt_lora.get("data")),
+        ("sft_lora.data", settings.sft_lora.get("data")),
+    ):
+        if data:
+            found += [(section, str(source.path)) for source in sources(space.paths(data))]
+    found += [(f"eval.text {name}", str(space.path(file))) for name, file in settings.eval.text.items()]
+    return [(what, place) for what, place in found if not (is_hub_id(place) and not Path(place).exists())]
+
+
+# --- what is told
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The whole report as plain JSON."""
+    told = {
+        "tool": f"chinese_llama {__version__}",
+        "things": [asdict(thing) for thing in report.things],
+        "order": report.order,
+        "findings": [asdict(finding) for finding in report.findings],
+        "counts": report.counts(),
+        "exit_code": report.exit_code,
+    }
+    return dict(json.loads(json.dumps(told, default=str)))
+
+
+def text(report: Report) -> str:
+    """The report for a terminal, coloured; who writes it elsewhere takes the colours out."""
+    lines = []
+    for thing in report.things:
+        lines += [typer.style(str(thing.path), bold=True), f"  {thing.title}{_reads(thing)}"]
+    if report.order:
+        lines += [
+            "",
+            typer.style("Merge, in this order:", bold=True),
+            *(f"  {command}" for command in report.order),
+        ]
+    for severity in SEVERITIES:
+        found = [finding for finding in report.findings if finding.severity == severity]
+        if found:
+            lines += ["", typer.style(f"{severity.capitalize()}s", fg=COLOURS[severity], bold=True)]
+        for same in _alike(found):
+            lines += _told(same)
+    return "\n".join([*lines, "", _closing(report)])
+
+
+def _reads(thing: Thing) -> str:
+    """What the checks have learnt of a tokenizer."""
+    pieces, ratio = thing.facts.get("pieces"), thing.facts.get("chinese_characters_per_token")
+    said = f"; {pieces:,} pieces" if pieces else ""
+    return said + (f", {ratio:.2f} Chinese characters a token" if ratio else "")
+
+
+def _alike(findings: list[Finding]) -> list[list[Finding]]:
+    """Findings that differ in their places only, as those of one tokenizer in several directories, together."""
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for one in findings:
+        groups.setdefault((one.check, one.what, one.remedy, *one.evidence), []).append(one)
+    return list(groups.values())
+
+
+def _told(same: list[Finding]) -> list[str]:
+    finding = same[0]
+    head = typer.style(f"[{finding.check}]", fg=COLOURS[finding.severity])
+    lines = [f"  {head} {', '.join(one.where for one in same)}", f"    {finding.what}"]
+    lines += [f"      {line}" for line in finding.evidence]
+    return [*lines, f"    -> {finding.remedy}"] if finding.remedy else lines
+
+
+def _closing(report: Report) -> str:
+    counts = report.counts()
+    if not any(counts.values()):
+        return "Nothing is wrong."
+    words = ", ".join(f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items())
+    return f"{words}." + ("" if counts["error"] or counts["warning"] else " Nothing is wrong.")

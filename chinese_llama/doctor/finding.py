@@ -1,0 +1,48 @@
+"""One thing that the doctor found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Severity = Literal["error", "warning", "note"]
+LINES = 5  # of evidence
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`severity`: "error" (it fails, or gives wrong results), "warning" (likely trouble or loss), "note" (worth
+    knowing); `check`: its name, as-in-this; `where`: a path, a tensor, a line; `what`: one sentence; `evidence`:
+    what shows it, a line each; `remedy`: what to type or do."""
+
+    severity: Severity
+    check: str
+    where: str
+    what: str
+    evidence: list[str] = field(default_factory=list)
+    remedy: str = ""
+
+
+def some(items: Sequence[str]) -> list[str]:
+    """The first few items, and how many more there are: lines of evidence."""
+    more = len(items) - LINES
+    return [*items[:LINES], f"... and {more:,} more"] if more > 0 else list(items)
+
+
+def guarded(place: Path, findings: Iterable[Finding]) -> Iterator[Finding]:
+    """The findings of checks on what lies in `place`. What the checks stumble over is a finding, too: content that
+    nobody foresaw is no reason to end without a word about the rest."""
+    try:
+        yield from findings
+    except OSError as error:
+        where, what = str(error.filename or place), f"It cannot be read ({error.strerror or error})."
+        remedy = "Give yourself the right to read it, or copy it again."
+        yield Finding("error", "file-not-readable", where, what, [], remedy)
+    except Exception as error:
+        what = "It holds something that it should not, and cannot be examined to the end."
+        remedy = "Get it again from where it comes from, or make it again."
+        yield Finding(
+            "error", "not-examined", str(place), what, [f"{type(error).__name__}: {error}"[:300]], remedy
+        )

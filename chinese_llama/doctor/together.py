@@ -1,0 +1,400 @@
+"""Whether things belong together: which adapters on which base, in which order, with which tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from chinese_llama.artifacts import identity
+from chinese_llama.convert.meta import open_model
+from chinese_llama.doctor.finding import Finding, guarded, some
+from chinese_llama.doctor.merges import check_merged, check_related
+from chinese_llama.doctor.tensors import FP16
+from chinese_llama.doctor.things import UNREADABLE, Thing, manifest_of
+from chinese_llama.errors import DoesNotFit
+from chinese_llama.merging.adapter import Adapter, Step, load, recognise
+from chinese_llama.merging.belongings import check_tokenizer, pieces_of, tokenizer_of
+from chinese_llama.merging.fit import check_fit
+from chinese_llama.merging.lineage import check_base, check_lineage
+from chinese_llama.merging.merged import Loaded, Merged
+from chinese_llama.merging.stream import load_steps
+from chinese_llama.model.adapters import whole_rows
+from chinese_llama.model.shards import Model, blocks
+
+MODELS = ("model", "meta checkpoint")
+# what the sentences of lineage and fit are about -> the check, and what to do where they do not say it
+TOLD = (
+    ("quantised", "quantised", "Give the model before it was quantised."),
+    (" merged into ", "adapter-merged-already", "Leave it out, or give the base that it is not in."),
+    ("are the same one", "adapter-twice", "Give it once."),
+    ("never shrinks", "vocabulary-shrinks", "Merge the adapter with fewer rows first."),
+    ("another base", "adapter-of-another-base", "Give the base that the adapter was trained on."),
+    ("another model of that size", "adapter-of-another-base", "Give the base that the adapter was trained on."),
+    (" is for ", "adapter-of-another-base", "Give the base that the adapter was trained on."),
+    ("sha256", "not-as-published", "Fetch it again from where it was published."),
+    ("the tokenizer in", "rows-do-not-fit", "Put the adapter's own tokenizer beside it."),
+    ("must be merged", "adapters-out-of-order", "Merge in that order."),
+    ("must come first", "adapters-out-of-order", "Merge in that order."),
+    ("must grow to", "rows-missing", "Give the extended base (chinese-llama extend-model) as the base."),
+    ("tie", "adapter-on-tied-base", "Untie the base, or train with ensure_weight_tying."),
+    ("does not have", "adapter-of-another-base", "Give the base that the adapter was trained on."),
+    ("the base (", "adapter-of-another-base", "Give the base that the adapter was trained on."),
+    ("the base [", "adapter-of-another-base", "Give the base that the adapter was trained on."),
+    (" the base ", "adapter-of-another-base", "Give the base that the adapter was trained on."),
+    ("", "does-not-fit", "Give base and adapters that belong together."),
+)  # fmt: skip
+
+
+@dataclass
+class Chain:
+    """Adapters that merge one after another, on the base that they fit best (None: none was given), which gives
+    `rows` rows; what does not fit."""
+
+    adapters: list[Adapter]
+    base: Thing | None = None
+    rows: int | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def place(self) -> Path:
+        return self.adapters[-1].path
+
+
+def check_together(things: Sequence[Thing]) -> tuple[list[str], list[Finding]]:
+    """In which order the adapters merge, as commands; and what does not fit."""
+    findings = [finding for thing in things if thing.kind == "unknown" for finding in _unknown(thing)]
+    models = [thing for thing in things if thing.kind in MODELS]
+    adapters, twice = _loaded(things)
+    findings += twice
+    chains = []
+    for members in _chains(adapters):
+        chain = Chain(members)
+        findings += guarded(chain.place, _on_the_best(chain, models))
+        chains.append(chain)
+    findings += _given_order(adapters, chains)
+    for chain in chains:
+        if chain.base:
+            for other in models:
+                if other is not chain.base:
+                    findings += guarded(other.path, check_merged(other, chain.base, chain.adapters))
+    if not chains:
+        for other in models[1:]:
+            findings += guarded(other.path, check_related(models[0], other))
+    findings += _tokenizers(things, chains)
+    return [_command(chain) for chain in chains], [f for i, f in enumerate(findings) if f not in findings[:i]]
+
+
+def _unknown(thing: Thing) -> Iterator[Finding]:
+    inside = thing.facts.get("inside") or []
+    what = f"It is no model, adapter, tokenizer or data that is known: it {'is ' if thing.path.exists() else ''}{thing.title}."
+    if "problem" in thing.facts:
+        what = f"It cannot be read ({thing.facts['problem']})."
+    remedy = (
+        "Give what lies in it: " + " ".join(inside)
+        if inside
+        else "Look whether the path is right, and the download whole."
+    )
+    yield Finding(
+        "error", "not-recognised", str(thing.path), what, some([Path(p).name for p in inside]), remedy
+    )
+
+
+def _loaded(things: Sequence[Thing]) -> tuple[list[Adapter], list[Finding]]:
+    """The adapters that can be read, by their paths, so that what is said of them can be typed; those that were
+    given twice, which are left out."""
+    found: dict[str, Adapter] = {}
+    twice = []
+    for thing in [thing for thing in things if thing.kind == "adapter"]:
+        with contextlib.suppress(*UNREADABLE):
+            adapter = load(str(thing.path), thing.path)
+            recognise(adapter)
+            first = found.setdefault(identity(thing.path), adapter)
+            if first is not adapter:
+                what = f"The adapters {first.name} and {adapter.name} are the same one."
+                twice.append(
+                    Finding("warning", "adapter-twice", adapter.name, what, [], "Give, and merge, it once.")
+                )
+    return list(found.values()), twice
+
+
+# --- order
+
+
+def _chains(adapters: list[Adapter]) -> list[list[Adapter]]:
+    """The adapters in lists that merge one after another, each with what it lies on as far as it is given."""
+    below = {id(adapter): _below(adapter, adapters) for adapter in adapters}
+    inner = {id(one) for lists in below.values() for one in lists}
+    return [[*below[id(adapter)], adapter] for adapter in adapters if id(adapter) not in inner]
+
+
+def _below(adapter: Adapter, adapters: list[Adapter]) -> list[Adapter]:
+    """What lies below an adapter, of those that are given: as its manifest or the registry has it; where nothing
+    tells, those with fewer rows of vocabulary, then those given before it."""
+    others = [other for other in adapters if other is not adapter]
+    if adapter.manifest:
+        known = {identity(other.path): other for other in others}
+        return [known[sha] for sha in adapter.parents if sha in known]
+    if adapter.published:
+        names = {other.published.name: other for other in others if other.published}
+        return [names[name] for name in adapter.published.after if name in names]
+    rows, place = _rows(adapter), [one.path for one in adapters].index(adapter.path)
+    found = []
+    for number, other in enumerate(adapters):
+        told = other.manifest is not None or other.published is not None
+        fewer = _rows(other) < rows or (not told and _rows(other) == rows and number < place)
+        if other is not adapter and fewer:
+            found.append(other)
+    return sorted(found, key=_rows)
+
+
+def _rows(adapter: Adapter) -> int:
+    with contextlib.suppress(*UNREADABLE):
+        return adapter.vocabulary or whole_rows(adapter) or 0
+    return 0
+
+
+def _given_order(adapters: list[Adapter], chains: list[Chain]) -> Iterator[Finding]:
+    """Whether the adapters were given in another order than they merge in; and whether nothing tells the order."""
+    given = [adapter.path for adapter in adapters]
+    for chain in chains:
+        order = [adapter.path for adapter in chain.adapters]
+        as_given = [path for path in given if path in order]
+        if order != as_given:
+            lines = [f"given: {', '.join(map(str, as_given))}", f"order: {', '.join(map(str, order))}"]
+            what = "The adapters merge in another order than they were given in."
+            yield Finding(
+                "note", "order-as-given", str(chain.place), what, lines, f"Merge them so: {_command(chain)}"
+            )
+        silent = [str(a.path) for a in chain.adapters if a.manifest is None and a.published is None]
+        if len(chain.adapters) > 1 and silent:
+            what = "Nothing tells what these adapters were trained on; the order is a guess, by rows of vocabulary and as given."
+            yield Finding(
+                "note",
+                "order-unknown",
+                str(chain.place),
+                what,
+                silent,
+                "Check it against how they were trained.",
+            )
+
+
+def _command(chain: Chain) -> str:
+    first = chain.adapters[0]
+    base = str(chain.base.path) if chain.base else "BASE"
+    recorded = first.manifest.inputs.get("base", {}).get("path", "") if first.manifest else ""
+    if chain.base is None and recorded and Path(recorded).exists():
+        base = recorded
+    missing = []
+    last = chain.adapters[-1].published
+    if last:
+        here = {adapter.published.name for adapter in chain.adapters if adapter.published}
+        missing = [name for name in last.after if name not in here]
+    loras = ",".join([*missing, *(str(adapter.path) for adapter in chain.adapters)])
+    return f"chinese-llama merge --base {shlex.quote(base)} --loras {shlex.quote(loras)} --output merged"
+
+
+# --- base and adapters
+
+
+def _on_the_best(chain: Chain, models: list[Thing]) -> Iterator[Finding]:
+    """Put a chain on the base, of those that are given, with which the least is wrong; what is wrong there."""
+    if not models:
+        yield from _alone(chain)
+        return
+    tried = [_tried(chain.adapters, model) for model in models]
+    fewest = min(map(_wrong, tried))
+    fitting = sorted((one for one in tried if _wrong(one) == fewest), key=lambda one: _place(one.base))
+    best = next((one for one in fitting if _is_below(one, fitting)), fitting[0])
+    chain.base, chain.rows = best.base, best.rows
+    yield from best.findings
+    if fewest == 0 and len(models) > 1 and best.base:
+        others = [str(one.base.path) for one in tried if _wrong(one) and one.base]
+        if others:
+            names = ", ".join(adapter.name for adapter in chain.adapters)
+            what = f"{names}: belongs on {best.base.path}, not on the others."
+            yield Finding("note", "base-found", str(chain.place), what, some(others), "")
+
+
+def _wrong(chain: Chain) -> int:
+    """How much does not fit, tokenizers aside, which can be put in their places."""
+    return len(
+        [
+            finding
+            for finding in chain.findings
+            if "token" not in finding.check and finding.check != "rows-do-not-fit"
+        ]
+    )
+
+
+def _place(thing: Thing | None) -> tuple[bool, int]:
+    """What is more likely a base comes first: what no merge made, what has fewer rows."""
+    return thing is not None and thing.facts.get("made_by") == "merge", _size(thing)
+
+
+def _is_below(one: Chain, fitting: list[Chain]) -> bool:
+    """Whether another of the models that fit is the merge of this one and the adapters."""
+    others = [
+        other.base for other in fitting if other.base and one.base and _place(other.base) == _place(one.base)
+    ]
+    return any(
+        finding.check == "is-the-merge"
+        for other in others
+        if one.base and other is not one.base
+        for finding in guarded(other.path, check_merged(other, one.base, one.adapters))
+    )
+
+
+def _size(thing: Thing | None) -> int:
+    rows = thing.facts.get("vocab_size") if thing else None
+    return rows if isinstance(rows, int) else 0
+
+
+def _alone(chain: Chain) -> Iterator[Finding]:
+    first = chain.adapters[0]
+    known = first.published.base.name if first.published else None
+    recorded = first.manifest.inputs.get("base", {}).get("path") if first.manifest else None
+    base = known or recorded or first.config.get("base_model_name_or_path")
+    what = "No base is given, so whether the adapter fits one is not known."
+    remedy = f"Give it too: chinese-llama doctor {base or 'BASE'} {chain.place}"
+    yield Finding(
+        "note", "base-not-given", str(first.path), what, [f"trained on {base}"] if base else [], remedy
+    )
+
+
+def _tried(adapters: list[Adapter], base: Thing) -> Chain:
+    """The chain on one base, with what is wrong there."""
+    chain = Chain(adapters, base)
+    with contextlib.suppress(*UNREADABLE):
+        try:
+            check_base(base.path)
+            chain.findings += [
+                _told(text, adapters, base) for text in check_lineage(base.path, adapters, True)
+            ]
+        except DoesNotFit as error:
+            chain.findings.append(_told(str(error), adapters, base))
+    with contextlib.suppress(*UNREADABLE):  # what cannot be read was told of each thing
+        source = open_model(base.path)
+        loaded = load_steps([Step([adapter]) for adapter in adapters])
+        try:
+            chain.rows = check_fit(source, base.path, loaded, [])
+        except DoesNotFit as error:
+            told = _told(str(error), adapters, base)
+            if told.check not in [finding.check for finding in chain.findings]:
+                chain.findings.append(told)
+            return chain
+        chain.findings += _overflow(source, loaded, base)
+        chain.findings += _result(chain)
+    return chain
+
+
+def _told(sentence: str, adapters: list[Adapter], base: Thing) -> Finding:
+    bare = sentence
+    for place in sorted([base.path, *(adapter.path for adapter in adapters)], key=lambda p: -len(str(p))):
+        bare = bare.replace(str(place), "") if "/" in str(place) else bare  # else a word like "base" would go
+    check, remedy = next((check, remedy) for sign, check, remedy in TOLD if sign in bare)
+    return Finding("error", check, str(adapters[-1].path), sentence, [f"base: {base.path}"], remedy)
+
+
+def _overflow(source: Model, loaded: list[Loaded], base: Thing) -> Iterator[Finding]:
+    """Weights that float16, the type of the base, does not hold once the adapters are in. A product is computed
+    only where the norms of its factors do not rule it out."""
+    said = str(source.config().get("dtype") or source.config().get("torch_dtype"))
+    merged, lines = Merged(source, loaded), []
+    for name in dict.fromkeys(name for one in loaded for part in one.parts for name in part.pairs):
+        if name not in source or torch.float16 not in (source.meta(name)[1], getattr(torch, said, None)):
+            continue
+        bound = 0.0
+        for part in [part for one in loaded for part in one.parts if name in part.pairs]:
+            factors = part.factors(name)
+            left, right = factors.left.norm(dim=1).max(), factors.right.norm(dim=0).max()
+            bound += float(left * right) if factors.magnitude is None else torch.inf
+        if not bound < FP16 / 2:
+            shape = source.meta(name)[0]
+            tops = (
+                merged.total(name, shape, start, stop).abs().max()
+                for _, start, stop in blocks(source, [name])
+            )
+            largest = max(map(float, tops))
+            lines += [f"{name}: up to {largest:,.6g}"] if largest > FP16 else []
+    if lines:
+        what = f"Merged, {len(lines):,} weights are too large for float16, the type of the base."
+        yield Finding(
+            "error", "fp16-overflow", str(base.path), what, some(lines), "Merge with --dtype bfloat16."
+        )
+
+
+# --- tokenizers
+
+
+def _result(chain: Chain) -> Iterator[Finding]:
+    """Whether the tokenizer that the merged model gets is of its rows; what each adapter's tokenizer makes of the
+    pieces of the base's."""
+    if chain.base is None or chain.rows is None:
+        return
+    found = tokenizer_of(chain.base.path, chain.adapters)
+    own = {whole_rows(a) for a in chain.adapters if a.path == found} | (
+        {_size(chain.base)} if found == chain.base.path else set()
+    )
+    if found and chain.rows not in own:  # else it was told of the thing itself
+        manifest = manifest_of(chain.base.path)
+        padded = manifest.vocab_size if manifest and manifest.metrics.get("rows") == chain.rows else None
+        try:
+            check_tokenizer(found, chain.rows, "the merged model", padded)
+        except DoesNotFit as error:
+            remedy = "Put the tokenizer that the last adapter was trained with beside it."
+            yield Finding("error", "rows-do-not-fit", str(found), str(error), [], remedy)
+    below = chain.base.path
+    for adapter in chain.adapters:
+        if adapter.tokenizer and (line := _other_pieces(below, adapter.tokenizer)):
+            what = f"The tokenizer beside the adapter does not go on from the one in {below}: rows stand for other pieces."
+            remedy = "Put the tokenizer there that the adapter was trained with, or give the base that it was trained on."
+            yield Finding("error", "tokenizers-differ", str(adapter.path), what, [line], remedy)
+        below = adapter.tokenizer or below
+
+
+def _other_pieces(one: Path, other: Path) -> str | None:
+    """The first id that is another piece in two tokenizers, in words; None where one is the beginning of the other,
+    or one cannot be read."""
+    with contextlib.suppress(*UNREADABLE):
+        mine, theirs = ({i: piece for piece, i in pieces_of(place).items()} for place in (one, other))
+        wrong = next((i for i in sorted(mine.keys() & theirs.keys()) if mine[i] != theirs[i]), None)
+        if wrong is not None:
+            return f"id {wrong}: {mine[wrong]!r} in {one}, {theirs[wrong]!r} in {other}"
+    return None
+
+
+def _tokenizers(things: Sequence[Thing], chains: list[Chain]) -> Iterator[Finding]:
+    """Tokenizers that were given by themselves, against everything that has rows; and against one another."""
+    rows = {str(thing.path): _size(thing) for thing in things if thing.kind in MODELS and _size(thing)}
+    rows |= {str(t.path): t.facts["rows"] for t in things if t.kind == "adapter" and t.facts.get("rows")}
+    rows |= {
+        "merged: " + " + ".join(a.name for a in chain.adapters): chain.rows for chain in chains if chain.rows
+    }
+    for thing in [thing for thing in things if thing.kind == "tokenizer"]:
+        place, refused = thing.path if thing.path.is_dir() else thing.path.parent, []
+        with contextlib.suppress(*UNREADABLE):
+            pieces = max(pieces_of(place).values()) + 1
+            for what, count in rows.items():
+                try:
+                    check_tokenizer(place, count, what)
+                except DoesNotFit:
+                    refused.append(f"{what}: {count:,} rows")
+            if rows and len(refused) == len(rows):
+                what = (
+                    f"The tokenizer has {pieces:,} pieces, and nothing that was given has rows for just them."
+                )
+                remedy = "Use the tokenizer that the model was made with, or grow the model: chinese-llama extend-model."
+                yield Finding("error", "rows-do-not-fit", str(thing.path), what, some(refused), remedy)
+    alone = [thing.path for thing in things if thing.kind == "tokenizer" and thing.path.is_dir()]
+    holders = [t.path for t in things if t.facts.get("tokenizer") and t.path not in alone]
+    for number, place in enumerate(alone):
+        for other in [*alone[number + 1 :], *holders]:
+            if line := _other_pieces(place, other):
+                what = f"The tokenizers in {place} and {other} differ; what one makes of a text means nothing to a model of the other."
+                remedy = "Use the one that the model was made with."
+                yield Finding("warning", "tokenizers-differ", str(place), what, [line], remedy)

@@ -1,0 +1,155 @@
+"""Multiple choice (C-Eval, CMMLU) and WikiText-style perplexity, through lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from pathlib import Path
+from typing import Any
+
+from chinese_llama.data.formats import documents
+from chinese_llama.errors import UserError
+from chinese_llama.evaluate.exams import Exam, find_exam, read_exam
+from chinese_llama.progress import say
+
+
+def check_harness() -> None:
+    """Raise UserError if lm-evaluation-harness is not installed: it is an extra."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            'Multiple choice and WikiText-style perplexity need pip install "chinese-llama[eval]".'
+        ) from error
+
+
+def check_choices(exam: str, place: str | Path, shots: int) -> None:
+    """Raise UserError or BadFile for what would stop `multiple_choice`; no model is needed for it."""
+    check_harness()
+    read_exam(find_exam(exam), place, shots)
+
+
+def multiple_choice(model: Any, tokenizer: Any, exam: str, place: str | Path, shots: int) -> dict[str, Any]:
+    """How many questions of "ceval" or "cmmlu" in `place` a model answers, after `shots` examples each.
+
+    The answer is the letter, of A to D, that is most probable after the prompt that the exam's authors publish.
+    Accuracies of categories, and the average, are means over subjects, as in both papers, whatever number of
+    questions those have; standard errors hold for questions drawn at random, and are None where a subject has
+    but one. Returns {"exam", "place", "shots", "questions", "average": {"accuracy", "stderr"},
+    "categories": {name: {"accuracy", "stderr", "questions"}}, "subjects": {name: {"accuracy", "stderr",
+    "questions", "category"}}, "missing": subjects of the exam that are not in `place`, "source"}.
+
+    Raises what `check_choices` raises, and UserError for a prompt that is longer than the model reads.
+    """
+    check_harness()
+    from chinese_llama.evaluate.harness import run
+
+    told = find_exam(exam)
+    questions = read_exam(told, place, shots)
+    missing = [subject for subject in told.subjects if subject not in questions]
+    if missing:
+        say(
+            f"{place}: {len(questions)} of the {len(told.subjects)} subjects of {told.title}; averages are theirs."
+        )
+    tasks = {}
+    for subject, splits in questions.items():
+        name, _ = told.subjects[subject]
+        named = {split: [{"subject": name, **row} for row in rows] for split, rows in splits.items()}
+        tasks[subject] = (_config(told, shots), named)
+    results = run(model, tokenizer, tasks)
+    subjects = {
+        subject: {
+            "accuracy": results[subject]["acc,none"],
+            "stderr": _number(results[subject]["acc_stderr,none"]),
+            "questions": len(splits["test"]),
+            "category": told.subjects[subject][1],
+        }
+        for subject, splits in questions.items()
+    }
+    return {
+        "exam": exam,
+        "place": str(place),
+        "shots": shots,
+        "questions": sum(one["questions"] for one in subjects.values()),
+        "average": {name: average(subjects)[name] for name in ("accuracy", "stderr")},
+        "categories": categories(told, subjects),
+        "subjects": subjects,
+        "missing": missing,
+        "source": _source(),
+    }
+
+
+def _config(exam: Exam, shots: int) -> dict[str, Any]:
+    without = () if shots else ("fewshot_split", "fewshot_config")
+    return {**{k: v for k, v in exam.task.items() if k not in without}, "num_fewshot": shots}
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, float) else None  # the harness writes "N/A"
+
+
+def _source() -> str:
+    return f"lm-eval {importlib.metadata.version('lm_eval')}"
+
+
+def categories(exam: Exam, subjects: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The averages of the categories that have a subject: the exam's own, and those across them (C-Eval Hard,
+    CMMLU's China specific)."""
+    of: dict[str, list[str]] = {}
+    for subject, (_, category) in exam.subjects.items():
+        of.setdefault(category, []).append(subject)
+    there = {
+        name: {s: subjects[s] for s in members if s in subjects} for name, members in (of | exam.also).items()
+    }
+    return {name: average(members) for name, members in there.items() if members}
+
+
+def average(subjects: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The mean of the subjects' accuracies, its standard error (they are independent: the root of the sum of
+    squares, over their number) and the sum of their questions."""
+    errors = [one["stderr"] for one in subjects.values()]
+    return {
+        "accuracy": sum(one["accuracy"] for one in subjects.values()) / len(subjects),
+        "stderr": None if None in errors else math.sqrt(sum(e * e for e in errors)) / len(errors),
+        "questions": sum(one["questions"] for one in subjects.values()),
+    }
+
+
+WIKITEXT = {
+    "output_type": "loglikelihood_rolling",
+    "test_split": "test",
+    "doc_to_text": "",
+    "doc_to_target": "text",
+    # Its perplexities overflow on a text without spaces, where a word is thousands of nats.
+    "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
+}
+
+
+def wikitext(model: Any, tokenizer: Any, path: Path) -> dict[str, Any]:
+    """Perplexity of the documents in `path` as the harness's task wikitext measures it, but on the text as it is
+    (that task undoes WikiText's own spacing): {"word_perplexity", "byte_perplexity", "bits_per_byte",
+    "documents", "words", "bytes", "source"}.
+
+    Words are what white space separates: for Chinese, look at the bytes. Every token is scored once, in windows
+    that do not overlap (but the last of a document, which is as long as the others): the first tokens of a
+    window do not see what is before it. `evaluate.bits` lets windows overlap by half; its bits per byte are the
+    same where each document fits into one window. Raises BadFile for a text that cannot be read.
+    """
+    check_harness()
+    from lm_eval.api.task import Task
+
+    from chinese_llama.evaluate.harness import run
+
+    texts = list(documents(path))
+    results = run(model, tokenizer, {"wikitext": (WIKITEXT, {"test": [{"text": text} for text in texts]})})
+    bits = results["wikitext"]["bits_per_byte,none"]
+    words, size = sum(map(Task.count_words, texts)), sum(map(Task.count_bytes, texts))
+    return {
+        "word_perplexity": math.exp(min(bits * math.log(2) * size / words, 700.0)),
+        "byte_perplexity": 2**bits,
+        "bits_per_byte": bits,
+        "documents": len(texts),
+        "words": words,
+        "bytes": size,
+        "source": _source(),
+    }

@@ -1,0 +1,132 @@
+"""Everything together: what is looked at, in which order it is told, and that bad content never stops it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from chinese_llama.doctor.examine import Report, as_json, examine, text
+from chinese_llama.doctor.finding import Finding
+from chinese_llama.doctor.things import Thing
+from chinese_llama.errors import UserError
+
+
+def checks(*paths: Path) -> dict[str, Finding]:
+    return {finding.check: finding for finding in examine(list(paths)).findings}
+
+
+def test_healthy_things_have_no_fault(extended: Path, base: Path, tokenizer: Path, chinese_sp: Path) -> None:
+    report = examine([base, tokenizer, extended, chinese_sp])
+    assert [thing.kind for thing in report.things] == ["model", "tokenizer", "model", "vocabulary"]
+    assert report.exit_code == 0
+    assert not [finding for finding in report.findings if finding.severity != "note"]
+    assert text(report).endswith("Nothing is wrong.")
+
+
+def test_the_worst_comes_first_and_everything_once(tokenizer: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer, tmp_path / "t")
+    file = tmp_path / "t" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": None, "pad_token": None}))
+    (tmp_path / "zh.jsonl").write_text('{"text": "<s>"}\n')
+    report = examine([tmp_path / "t", tmp_path / "zh.jsonl", tmp_path / "t"])
+    assert [thing.path.name for thing in report.things] == ["t", "zh.jsonl"]
+    ranks = [("error", "warning", "note").index(finding.severity) for finding in report.findings]
+    assert ranks == sorted(ranks) and ranks[0] == 0
+    assert report.exit_code == 1
+    told = as_json(report)
+    assert told["exit_code"] == 1
+    assert told["counts"]["error"] == report.counts()["error"] >= 1
+    assert {one["check"] for one in told["findings"]} >= {"no-eos", "no-pad", "control-tokens"}
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file or directory"):
+        examine([tmp_path / "nothing"])
+    with pytest.raises(UserError, match="download it first"):
+        examine([Path("hfl/chinese-llama-plus-lora-7b")])
+
+
+def test_bad_content_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("[1, 2")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\x00" * 40)
+    (tmp_path / "model" / "tokenizer.json").write_text("nonsense")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": 3}')
+    (tmp_path / "adapter" / "tokenizer.model").write_bytes(b"")
+    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "notes.bin").write_bytes(b"\x00\x01")
+    (tmp_path / "empty").mkdir()
+    report = examine(sorted(tmp_path.iterdir()))
+    assert report.exit_code == 1
+    for name in ("model", "adapter", "data.jsonl", "notes.bin", "empty"):
+        assert any(name in finding.where for finding in report.findings), name
+    assert {"invalid-json", "wrong-encoding", "unknown-file"} <= {one.check for one in report.findings}
+    assert not {"not-examined"} & {one.check for one in report.findings}
+
+
+def test_a_directory_of_things_stands_for_them(tokenizer: Path, chinese_sp: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer, tmp_path / "all" / "one")
+    shutil.copytree(tokenizer, tmp_path / "all" / "two")
+    assert [thing.path.name for thing in examine([tmp_path / "all"]).things] == ["one", "two"]
+
+
+def test_a_workspace_stands_for_all_that_it_names(
+    work: Path, base: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    shutil.copyfile(work / "ins.jsonl", tmp_path / "eval.jsonl")
+    file = tmp_path / "chinese-llama.yaml"
+    file.write_text(
+        f"base: {base}\n"
+        f"extend_vocab: {{output: {tokenizer}}}\n"
+        f"pt_lora: {{data: [{{path: {work / 'en.jsonl'}, weight: 1}}]}}\n"
+        f"sft_lora: {{data: {work / 'ins.jsonl'}}}\n"
+        "eval: {text: {zh: eval.jsonl}}\n"
+    )
+    for path in (file, tmp_path):
+        report = examine([path])
+        names = [thing.path.name for thing in report.things]
+        assert names == ["base", "tokenizer", "en.jsonl", "ins.jsonl", "eval.jsonl"]
+        found = {finding.check: finding for finding in report.findings}
+        assert found["workspace-names-missing"].severity == "note"
+        assert "adapter plus" in str(found["workspace-names-missing"].evidence)
+        assert found["data-overlap"].severity == "error"
+
+
+def test_a_workspace_that_cannot_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "chinese-llama.yaml"
+    for content in ("base: [", "bose: x", "pt_lora: 3", "pt_lora: {data: {weight: 2}}", "eval: {text: 3}"):
+        file.write_text(content)
+        assert checks(file)["workspace-not-readable"].severity == "error", content
+
+
+def test_the_text(tmp_path: Path) -> None:
+    finding = Finding("warning", "some-check", "here", "Something is so.", ["line 1"], "Do that.")
+    report = Report(
+        [Thing(tmp_path, "tokenizer", "a tokenizer", {"pieces": 32000})],
+        ["chinese-llama merge ..."],
+        [finding, replace(finding, where="there")],
+    )
+    told = re.sub(r"\x1b\[[0-9;]*m", "", text(report))
+    assert told.splitlines() == [
+        str(tmp_path),
+        "  a tokenizer; 32,000 pieces",
+        "",
+        "Merge, in this order:",
+        "  chinese-llama merge ...",
+        "",
+        "Warnings",
+        "  [some-check] here, there",
+        "    Something is so.",
+        "      line 1",
+        "    -> Do that.",
+        "",
+        "0 errors, 2 warnings, 0 notes.",
+    ]
+    assert text(Report()).strip() == "Nothing is wrong."
