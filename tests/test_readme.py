@@ -13,6 +13,7 @@ import pytest
 from chinese_llama import cli
 from chinese_llama.adapt.launch import recipe
 from tests import tiny
+from tests.evaluate.exam_files import write_exam
 
 ROOT = Path(__file__).parents[1]
 READMES = ["README.md", "README_zh.md"]
@@ -48,6 +49,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("zh", "en"):
         with gzip.open(tmp_path / f"data/{name}.jsonl.gz", "wt", encoding="utf-8") as stream:
             stream.write((tmp_path / f"data/{name}.jsonl").read_text(encoding="utf-8"))
+    (tmp_path / "data/questions.txt").write_text("你好吗？\n长江在哪里？\n", encoding="utf-8")
+    for exam, subject in (("ceval", "high_school_physics"), ("cmmlu", "chinese_history")):
+        write_exam(tmp_path / "data" / exam, exam, {subject: 3})
     records = '[{"instruction": "你好吗？", "input": "", "output": "我很好。"}]'
     (tmp_path / "data/alpaca_zh.json").write_text(records, encoding="utf-8")
     return tmp_path
@@ -66,12 +70,13 @@ def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with pytest.raises(SystemExit) as done:
         cli.main()
-    assert done.value.code == 0, line
+    gate = "--max-regression" in words  # three steps may do more harm than it allows
+    assert done.value.code in ((0, 1) if gate else (0,)), line
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_the_way_from_a_base_runs(readme: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = commands(readme)
+def test_the_way_from_a_base_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one README: `test_both_languages_give_the_same_commands`."""
+    lines = commands(READMES[0])
     lines = lines[next(i for i, line in enumerate(lines) if line.startswith("chinese-llama init")) :]
     assert len(lines) >= 9
     for line in lines:

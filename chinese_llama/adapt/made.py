@@ -16,7 +16,7 @@ Told = dict[str, Any]
 
 
 def made_from(space: Workspace, manifest: Manifest) -> Told:
-    """{"artifacts", "vocabulary", "curves", "settings", "seconds"} of the stages that are there."""
+    """{"artifacts", "vocabulary", "curves", "settings"} of the stages that are there."""
     places = _places(space)
     manifests = {name: read_manifest(place) for name, place in places.items()}
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,29 +13,6 @@ import pytest
 from chinese_llama.evaluate.answers import VOTES, Answered
 from chinese_llama.evaluate.rating import Server, Votes, page, shown
 from tests.evaluate.test_rating import NASTY, PAIRS, write
-
-BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install selenium")
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium with chromedriver")
-OPTIONS = (
-    "headless=new no-sandbox disable-gpu disable-background-networking disable-component-update disable-sync "
-    "no-first-run window-size=1000,800"
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for option in [*OPTIONS.split(), f"user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(f"--{option}")
-    options.add_argument("--force-prefers-reduced-motion")  # it does not scroll under a click
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture

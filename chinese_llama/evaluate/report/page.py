@@ -31,7 +31,8 @@ from chinese_llama.resources import PACKAGE
 
 TEMPLATE = PACKAGE / "evaluate" / "report" / "page.html"
 SPREAD = 8  # columns of a table that stands beside its plot, at most
-DENSE = 4  # columns of a table in which intervals stand below their figures, at least
+DENSE = 4  # in a table with more columns, intervals stand below their figures,
+LONG = 18  # as do those of more characters anywhere
 BREAKABLE = re.compile(r"\d %|\[[+−\d.,%]+, [+−\d.,%]+\]")
 
 
@@ -134,9 +135,8 @@ def _table(table: Table) -> str:
     rows = "".join(
         "<tr>" + "".join(map(_cell, row, sides, table.head, range(len(row)))) + "</tr>" for row in table.rows
     )
-    dense = len(table.head) > DENSE and any(
-        isinstance(cell, Cell) and cell.small for row in table.rows for cell in row
-    )
+    beside = [len(cell.small) for row in table.rows for cell in row if isinstance(cell, Cell)]
+    dense = max(beside, default=0) > (0 if len(table.head) > DENSE else LONG)
     kind = ' class="stack"' if wordy else ' class="dense"' if dense else ""
     drawn = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     about = escape(table.folded or f"Table: {', '.join(filter(None, table.head))}")
