@@ -276,7 +276,7 @@ def again(command: str) -> str:
     """What to type to make the result of a workspace's command again."""
     if command.endswith("_lora"):
         return f"accelerate launch recipes/{command}.py --force true"
-    return f"chinese-llama {command} --force"
+    return f"chinese-llama {command}{' --only eval' if command == 'adapt' else ''} --force"
 
 
 def _difference(found: Manifest, wanted: Manifest, settings: bool) -> str:

@@ -181,7 +181,9 @@ def _terminate(number: int, frame: Any) -> None:
 
 def main() -> None:
     """Entry point: exit code 0, 1 (a check that fails), 2 (bad input), 130 (stopped)."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a terminal that closes, unless nohup says otherwise
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
     atexit.register(gc.freeze)  # else Python looks through all that torch has loaded as it ends
     sys.exit(report(_run, sys.argv[1:]))
 

@@ -143,7 +143,7 @@ def judge(
     key_env: Annotated[
         str, typer.Option(help="The environment variable that holds the key.")
     ] = "OPENAI_API_KEY",
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a whole request.")] = 120.0,
+    timeout: Annotated[float, typer.Option(min=0.1, max=86_400, help="Seconds for a whole request.")] = 120.0,
     retries: Annotated[
         int, typer.Option(min=0, help="Further tries, of a request that fails or a reply that is no verdict.")
     ] = 4,

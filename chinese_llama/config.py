@@ -66,7 +66,7 @@ def _check_names(cls: type, values: dict[str, Any], where: str) -> None:
     hints = get_type_hints(cls)
     for name, value in values.items():
         if name not in hints:
-            raise UserError(f"{where}: unknown setting {name!r}{nearest(name, hints)}.")
+            raise UserError(f"{where}: unknown setting {name!r}{nearest(str(name), hints)}.")
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, dict):
                 raise UserError(

@@ -105,14 +105,32 @@ class Workspace:
             name: _without_blanks(values[name]) for name in SECTIONS if isinstance(values.get(name), dict)
         }
         self.settings: Settings = typed(Settings, values, str(file))
-        pt, sft = self.settings.pt_lora, self.settings.sft_lora
+        pt, sft, section = self.settings.pt_lora, self.settings.sft_lora, self.settings.eval
         pt["output_dir"] = pt.get("output_dir") or "work/plus"
         sft["output_dir"] = sft.get("output_dir") or "work/alpaca"
-        sft.setdefault("adapters", ["plus"])
+        sft["adapters"] = self._list("sft_lora.adapters", sft.get("adapters", ["plus"]) or [])
         loras = self.settings.merge.loras
         if loras is None:
-            loras = ["plus", "alpaca"] if sft.get("data") or not pt.get("data") else ["plus"]
-        self.settings.merge.loras = loras.split(",") if isinstance(loras, str) else list(loras)
+            loras = ["plus"] if pt.get("data") and not sft.get("data") else [*sft["adapters"], "alpaca"]
+        self.settings.merge.loras = self._list("merge.loras", loras)
+        for name, places in (
+            ("pt_lora", {"output_dir": pt["output_dir"]}),
+            ("sft_lora", {"output_dir": sft["output_dir"]}),
+            ("control", {"output_dir": (self.settings.control or {}).get("output_dir") or ""}),
+            ("eval.text", section.text),
+            ("eval.choices", section.choices),
+            ("adapters", self.settings.adapters),
+        ):
+            for key, place in places.items():
+                if not isinstance(place, str):
+                    raise UserError(f"{file}: {name}.{key}: {place!r} is no path.")
+
+    def _list(self, where: str, value: Any) -> list[str]:
+        """A list of adapters, or text with commas between them."""
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list) or not all(isinstance(item, str) and item.strip() for item in items):
+            raise UserError(f"{self.file}: {where}: {value!r}: write a list of adapters, such as [plus, alpaca].")
+        return [item.strip() for item in items]
 
     @classmethod
     def empty(cls) -> Workspace:
@@ -123,15 +141,27 @@ class Workspace:
         """`value` relative to the workspace file."""
         return self.file.parent / Path(value).expanduser()
 
+    def shown(self, path: Path) -> str:
+        """A path as it is told: relative to the workspace file where it lies below."""
+        here = self.file.parent
+        return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
     def place(self, value: str) -> str:
         """Like `path`, but a hub id ("organisation/name" that is no path) stays as it is."""
         path = self.path(value)
         return value if is_hub_id(value) and not path.parent.exists() else str(path)
 
     def item(self, value: str) -> str:
-        """An item of a list of adapters: the directory in `name=directory` made whole."""
+        """An item of a list of adapters: a directory, also that in `name=directory`, made whole."""
         name, equals, place = str(value).partition("=")
-        return f"{name}={self.place(place)}" if equals else name
+        if equals:
+            return f"{name}={self.place(place)}"
+        return str(self.path(name)) if name not in self.adapters() and self.path(name).is_dir() else name
+
+    def adapter_place(self, value: str) -> str:
+        """Where the adapter of such an item lies; of what is no name of this workspace's, the item itself."""
+        name, _, place = self.item(value).partition("=")
+        return place or self.adapters().get(name, name)
 
     def paths(self, value: Any) -> Any:
         """Whole paths in a path, a list of paths, or a list of {path, weight}."""

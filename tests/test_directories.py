@@ -390,12 +390,9 @@ def test_space_that_leftovers_take_is_free(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_only_one_works_in_a_directory(tmp_path: Path) -> None:
-    with alone_in(tmp_path):
-        with (
-            pytest.raises(UserError, match="Another process works in .*; wait for it, or stop it"),
-            alone_in(tmp_path),
-        ):
-            pass
+    refused = pytest.raises(UserError, match=r"Another process works in .*; wait for it, or stop it")
+    with alone_in(tmp_path), refused, alone_in(tmp_path):
+        pass
     with alone_in(tmp_path):
         pass
 

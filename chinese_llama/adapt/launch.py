@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,13 +23,18 @@ def script(name: str, space: Workspace | None = None) -> Path:
 
 
 def recipe(name: str, space: Workspace | None = None) -> ModuleType:
-    """A recipe as a module: its `main` and its `DEFAULTS`."""
+    """A recipe as a module: its `main` and its `DEFAULTS`. Raises BadFile for an edited one that does not load."""
     path = script(name, space)
-    spec = importlib.util.spec_from_file_location(f"chinese_llama_recipe_{name}", path)
-    assert spec and spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    loaded = ModuleType(f"chinese_llama_recipe_{name}")
+    loaded.__file__ = str(path)
+    try:  # not as an import, which would leave a __pycache__ beside it
+        exec(compile(path.read_bytes(), path, "exec"), loaded.__dict__)
+        if isinstance(loaded.DEFAULTS, dict):
+            return loaded
+        what = "its DEFAULTS are no dict"
+    except Exception as error:  # whatever the code in it raises
+        what = f"{type(error).__name__}: {error}"
+    raise BadFile(path, f"does not load as a recipe ({what}); mend it, or remove it to use the one that comes along.")
 
 
 def launch_file(space: Workspace) -> Path | None:
@@ -55,7 +59,8 @@ def train(space: Workspace, name: str, argv: Sequence[str]) -> None:
     words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *_options(space)]
     words += [str(script(name, space)), "--workspace", str(space.file), *argv]
     # Ctrl-C in a terminal goes to a whole session: in another one, the launcher does not die before its children.
-    process = subprocess.Popen(words, cwd=space.file.parent, start_new_session=True)
+    # What it prints is no result of `adapt`: to stderr.
+    process = subprocess.Popen(words, cwd=space.file.parent, start_new_session=True, stdout=2)
     try:
         code = process.wait()
     except KeyboardInterrupt:

@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from chinese_llama.adapt.subjects import CONTROL, control_output
+from chinese_llama.adapt.subjects import Measured
 from chinese_llama.artifacts import Manifest, read_manifest
+from chinese_llama.hub import local
 from chinese_llama.train.callbacks import LOG, read_log
 from chinese_llama.vocab import report as vocab_report
 from chinese_llama.workspace import Workspace
@@ -27,20 +28,16 @@ def made_from(space: Workspace, manifest: Manifest) -> Told:
     }
 
 
-def _places(space: Workspace) -> dict[str, Path]:
+def _places(space: Workspace, found: list[Measured]) -> dict[str, Path]:
     """Names of the artifacts of a workspace that are there, in the order in which they are made."""
     s = space.settings
     places = {
-        "base": Path(space.base()),
+        "base": local(space.base()),
         "Chinese vocabulary": space.path(s.train_vocab.output),
         "tokenizer": space.path(s.extend_vocab.output),
         "extended": space.path(s.extend_model.output),
     }
-    if s.control is not None:
-        places[CONTROL] = control_output(space)
-    places |= {
-        name: Path(place) for name, place in space.adapters().items() if name in map(str, s.merge.loras)
-    }
+    places |= {adapter.name: adapter.path for item in found for adapter in item.subject.adapters}
     places["merged"] = space.path(s.merge.output)
     return {name: place for name, place in places.items() if place.is_dir()}
 
@@ -81,16 +78,25 @@ def _vocabulary(space: Workspace) -> Told | None:
 
 
 def _curve(place: Path, manifest: Manifest | None) -> list[Told]:
-    """The log of a training, with the characters read so far where its manifest tells how many a step reads."""
+    """The log of a training, with the characters read so far where its manifest tells how many an epoch has."""
     if manifest is None:
         return []
     log = read_log(place / LOG) or manifest.metrics.get("log") or []
-    sources = manifest.metrics.get("sources") or []
+    each = _characters(manifest.metrics.get("sources") or [])
+    return [
+        {**entry, "characters": round(entry["epoch"] * each)} if each and "epoch" in entry else entry
+        for entry in log
+    ]
+
+
+def _characters(sources: list[Told]) -> float:
+    """Characters of an epoch: it has the tokens of all sources together, shared by their weights if they have any."""
     tokens = sum(source["tokens"] for source in sources)
-    if not tokens:
-        return log
-    each = manifest.metrics["tokens_per_step"] * sum(source["characters"] for source in sources) / tokens
-    return [{**entry, "characters": round(entry["step"] * each)} for entry in log]
+    shares = [source["tokens"] if (w := source.get("weight")) is None else w for source in sources]
+    read = sum(
+        share * s["characters"] / s["tokens"] for share, s in zip(shares, sources, strict=True) if s["tokens"]
+    )
+    return tokens * read / sum(shares) if tokens else 0.0
 
 
 def _settings(space: Workspace) -> Told:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chinese_llama import __version__
-from chinese_llama.adapt import subjects
+from chinese_llama.adapt import check, subjects
 from chinese_llama.adapt.made import made_from
 from chinese_llama.adapt.subjects import BASE, CONTROL, Measured
 from chinese_llama.artifacts import (
@@ -26,6 +26,7 @@ from chinese_llama.directories import new_directory, write_text
 from chinese_llama.errors import Interrupted, UserError
 from chinese_llama.evaluate.answers import How, answer_file, read_answers, read_prompts, right
 from chinese_llama.evaluate.compare import broken
+from chinese_llama.evaluate.models import check_subject
 from chinese_llama.evaluate.report.page import html
 from chinese_llama.evaluate.report.twin import markdown
 from chinese_llama.evaluate.run import compared, measure
@@ -44,6 +45,9 @@ def evaluated(space: Workspace, force: bool, keep: Keep = True) -> Manifest:
     manifest = _manifest(space, found, sets)
     if stands(output, manifest, force, keep):
         return read_manifest(output) or manifest
+    check.limits(space, sets)
+    for item in found:
+        check_subject(item.subject)
     figures = {}
     for item in found:
         say(f"measuring: {item.label}")
@@ -55,7 +59,7 @@ def evaluated(space: Workspace, force: bool, keep: Keep = True) -> Manifest:
         "tool": f"chinese_llama {__version__}",
         "stages": [_stage(item, figures[item.subject.name]) for item in found],
         "comparisons": _comparisons(space, figures),
-        **made_from(space, manifest),
+        **made_from(space, found, manifest),
         **_answers(space, found, output.with_name(REMEMBERED)),
     }
     manifest.metrics = {"stages": [{"name": s["name"], "texts": s["texts"]} for s in told["stages"]]}
@@ -113,11 +117,6 @@ def _comparisons(space: Workspace, figures: dict[str, Told]) -> list[Told]:
 
 def _comparison(figures: dict[str, Told], stage: str, baseline: str, limits: dict[str, float]) -> Told:
     sets = compared(figures[stage], figures[baseline])
-    for name in limits:
-        if name not in sets:
-            raise UserError(
-                f"eval.max_regression: no text is named {name!r}; measured are {', '.join(sets) or 'none'}."
-            )
     over = broken(sets, limits)
     return {
         "stage": stage,

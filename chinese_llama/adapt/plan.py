@@ -8,29 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from chinese_llama import stages
-from chinese_llama.adapt import launch
-from chinese_llama.adapt.control import control_argv
+from chinese_llama.adapt import control, launch
+from chinese_llama.adapt.packed import packed
 from chinese_llama.artifacts import Asked
 from chinese_llama.errors import UserError, nearest
 from chinese_llama.workspace import Workspace
 
 Make = Callable[[dict[str, Any], bool], Any]  # ({"keep": ...}, force)
-STANDS, MISSING, STALE, UNFINISHED = "stands", "missing", "stale", "unfinished"
+STANDS, MISSING, STALE, UNFINISHED, OPEN = "stands", "missing", "stale", "unfinished", "open"
+
+
+def _always() -> bool:
+    return True
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A section of the workspace file: what it writes, and the stages before it whose results it `reads`."""
+    """A section of the workspace file: what it writes, and the stages before it whose results it `reads`. It can be
+    asked whether its result stands once it is `askable`: what that depends on need not be made for it."""
 
     name: str
     output: Path
     reads: tuple[str, ...]
     make: Make
+    askable: Callable[[], bool] = _always
+
+    @property
+    def occupied(self) -> bool:
+        """Whether there is anything where it writes."""
+        return self.output.is_dir() and any(self.output.iterdir())
 
 
 @dataclass(frozen=True)
 class State:
-    """Whether a stage's result stands, is missing, stale (and why), or unfinished (and where)."""
+    """Whether a stage's result stands, is missing, stale (and why), or unfinished (and where); open where that cannot
+    be told before data is packed."""
 
     kind: str
     why: str = ""
@@ -41,38 +53,58 @@ def stages_of(space: Workspace) -> list[Stage]:
     s = space.settings
     found: list[Stage] = []
 
-    def add(name: str, output: str, reads: Iterable[str], make: Make) -> None:
+    def add(name: str, output: Path, reads: Iterable[str], make: Make, askable: Callable[[], bool] = _always) -> None:
         there = {stage.name for stage in found}
-        found.append(Stage(name, space.path(output), tuple(r for r in reads if r in there), make))
+        found.append(Stage(name, output, tuple(r for r in reads if r in there), make, askable))
 
     def made(stage: Callable[..., Any]) -> Make:
         return lambda given, force: stage(space, given, force)
 
-    own = s.train_vocab.corpus is not None or space.path(s.train_vocab.output).is_dir()
-    if own and not s.extend_vocab.chinese_sp:
-        add("train_vocab", s.train_vocab.output, (), made(stages.trained_vocab))
-    add("extend_vocab", s.extend_vocab.output, ("train_vocab",), made(stages.extended_tokenizer))
-    add("extend_model", s.extend_model.output, ("extend_vocab",), made(stages.extended_model))
+    train_vocab = space.path(s.train_vocab.output)
+    if (s.train_vocab.corpus is not None or train_vocab.is_dir()) and not s.extend_vocab.chinese_sp:
+        add("train_vocab", train_vocab, (), made(stages.trained_vocab))
+    add("extend_vocab", space.path(s.extend_vocab.output), ("train_vocab",), made(stages.extended_tokenizer))
+    add("extend_model", space.path(s.extend_model.output), ("extend_vocab",), made(stages.extended_model))
     if s.control is not None:
-        output = s.control.get("output_dir") or "work/control"
-        reads = ("extend_model",) if s.pt_lora.get("max_steps") else ()  # its tokenizer, to count the steps
-        add("control", output, reads, trained(space, "pt_lora", control_argv(space, output)))
-    below: list[str] = ["extend_model"]
+        make = trained(space, "pt_lora", lambda: control.argv(space))
+        if control.counts(space):  # in the extended model's tokens
+            add("control", control.output(space), ("extend_model",), make, lambda: control.counted(space))
+        else:
+            add("control", control.output(space), (), make)
+    base = ["extend_model"]
     for name in ("pt_lora", "sft_lora"):
         section = getattr(s, name)
         if section.get("data"):
-            above = () if section.get("model_name_or_path") else below
-            add(name, section["output_dir"], above, trained(space, name, list))
-            below.append(name)
+            reads = () if section.get("model_name_or_path") else base
+            below = _makers(space, found, section.get("adapters") or [])
+            add(name, space.path(section["output_dir"]), [*reads, *below], trained(space, name))
+    merged = _makers(space, found, s.merge.loras)
     if s.merge.loras:
-        add("merge", s.merge.output, below, made(_merged))
-    add("eval", s.eval.output, (*below, "control", "merge"), made(_measured))
+        add("merge", space.path(s.merge.output), [*base, *merged], made(_merged))
+    texts = () if s.eval.text else ("pt_lora",)  # what it holds out
+    add(
+        "eval",
+        space.path(s.eval.output),
+        (*base, *texts, *merged, "control", "merge"),
+        made(_measured),
+        lambda: bool(s.eval.text) or not s.pt_lora.get("eval_split") or packed(space, []),
+    )
     return found
 
 
-def _merged(space: Workspace, given: dict[str, Any], force: bool) -> Any:
-    from chinese_llama.merging.stage import merged_model
+def _makers(space: Workspace, found: list[Stage], items: list[str]) -> list[str]:
+    """The stages that make some of the adapters in a list."""
+    places = [space.adapter_place(item) for item in items]
+    return [stage.name for stage in found if str(stage.output) in places]
 
+
+def _merged(space: Workspace, given: dict[str, Any], force: bool) -> Any:
+    from chinese_llama.merging.stage import merged_model, planned
+    from chinese_llama.merging.stream import Options, Work
+
+    if force:  # an output is to be replaced; a lineage is not to be overruled
+        found, base, _, _ = planned(space, {})
+        Work(base, found.steps, Options())
     return merged_model(space, {"resume": True, **given}, force)
 
 
@@ -82,7 +114,7 @@ def _measured(space: Workspace, given: dict[str, Any], force: bool) -> Any:
     return evaluated(space, force, given.get("keep", True))
 
 
-def trained(space: Workspace, name: str, argv: Callable[[], list[str]]) -> Make:
+def trained(space: Workspace, name: str, argv: Callable[[], list[str]] = list) -> Make:
     """A recipe as a stage; `argv` are words beyond the workspace's section, found when it is run."""
 
     def make(given: dict[str, Any], force: bool) -> None:
@@ -105,13 +137,16 @@ def trained(space: Workspace, name: str, argv: Callable[[], list[str]]) -> Make:
 
 def state_of(stage: Stage) -> State:
     """Whether the result of a stage stands, now that those before it do. Raises UserError."""
-    try:
-        stage.make({"keep": "ask"}, False)
-    except Asked as asked:
-        if asked.state != STANDS and (checkpoint := _checkpoint(stage)):
-            return State(UNFINISHED, checkpoint)
-        return State(asked.state, f"made {asked.why}" if asked.why else "")
-    raise AssertionError(f"{stage.name} did not answer")
+    state, why = MISSING, ""
+    if stage.occupied or stage.askable():
+        try:
+            stage.make({"keep": "ask"}, False)
+            raise AssertionError(f"{stage.name} did not answer")
+        except Asked as asked:
+            state, why = asked.state, asked.why
+    if state != STANDS and (checkpoint := _checkpoint(stage)):
+        return State(UNFINISHED, checkpoint)
+    return State(state, f"made {why}" if why else "")
 
 
 def _checkpoint(stage: Stage) -> str:
@@ -125,15 +160,16 @@ def _checkpoint(stage: Stage) -> str:
 
 
 def states(found: list[Stage]) -> dict[str, State]:
-    """The state of every stage; where one before it is to be made, its own follows from that."""
+    """The state of every stage; where one before it is to be made, its own follows from that. Nothing is written."""
     told: dict[str, State] = {}
     for stage in found:
         before = next((name for name in stage.reads if told[name].kind != STANDS), None)
-        if before is None:
-            told[stage.name] = state_of(stage)
+        if before is not None:
+            told[stage.name] = State(OPEN, f"{before} is made first") if stage.occupied else State(MISSING)
+        elif stage.occupied and not stage.askable():
+            told[stage.name] = State(OPEN, "its data is packed first")
         else:
-            there = stage.output.is_dir() and any(stage.output.iterdir())
-            told[stage.name] = State(STALE, f"{before} is made first") if there else State(MISSING)
+            told[stage.name] = state_of(stage)
     return told
 
 

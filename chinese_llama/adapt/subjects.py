@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from chinese_llama.data.formats import documents
-from chinese_llama.errors import UserError, nearest
+from chinese_llama.adapt import control
 from chinese_llama.evaluate.models import Subject
 from chinese_llama.evaluate.run import Request
 from chinese_llama.hub import local
@@ -25,11 +24,6 @@ class Measured:
     whole: bool = False
 
 
-def control_output(space: Workspace) -> Path:
-    """Where the adapter of the control lies."""
-    return space.path((space.settings.control or {}).get("output_dir") or "work/control")
-
-
 def subjects(space: Workspace) -> list[Measured]:
     """The models that are there: base, extended, control, each adapter on those below it, unmerged, and merged."""
     s = space.settings
@@ -37,8 +31,8 @@ def subjects(space: Workspace) -> list[Measured]:
     found = [Measured(Subject(BASE, str(base)), BASE, whole=True)]
     if extended.is_dir():
         found.append(Measured(Subject(EXTENDED, str(extended)), "new rows, untrained"))
-    if s.control is not None and control_output(space).is_dir():
-        adapter = resolve(f"{CONTROL}={control_output(space)}", space)
+    if s.control is not None and control.output(space).is_dir():
+        adapter = resolve(f"{CONTROL}={control.output(space)}", space)
         found.append(Measured(Subject(CONTROL, str(base), [adapter]), "control, without new pieces"))
     adapters = [resolve(space.item(item), space) for item in s.merge.loras]
     below = str(extended if extended.is_dir() else base)
@@ -59,40 +53,18 @@ def texts(space: Workspace) -> dict[str, Path]:
     return prepare_ahead("pt_lora", ["--workspace", str(space.file)]).held_out()
 
 
+def exams(space: Workspace) -> dict[str, str]:
+    """{exam: place} of the multiple choice that is asked for."""
+    return {exam: space.place(place) if place else place for exam, place in space.settings.eval.choices.items()}
+
+
 def request(space: Workspace, whole: bool, sets: dict[str, Path]) -> Request:
     """What is measured of a model."""
     section = space.settings.eval
     made = Request(sets, section.stride, section.window)
     if whole:
-        made.choices = {
-            exam: space.place(place) if place else place for exam, place in section.choices.items()
-        }
+        made.choices = exams(space)
         made.shots = section.shots
         made.wikitext = space.path(section.wikitext) if section.wikitext else None
         made.speed = section.speed and bool(sets)
     return made
-
-
-def check_settings(space: Workspace) -> None:
-    """Raise UserError for what is wrong in `eval`, before any stage runs."""
-    from chinese_llama.evaluate.answers import check_room, read_prompts
-    from chinese_llama.evaluate.choices import check_choices
-    from chinese_llama.model.load import load_tokenizer
-
-    section = space.settings.eval
-    for file in section.text.values():
-        next(iter(documents(space.path(file))))
-    if section.prompts:
-        prompts = read_prompts(space.path(section.prompts))
-        if (context := (base := Subject(BASE, space.base())).context) and base.tokenizer:
-            check_room(load_tokenizer(base.tokenizer), context, prompts, space.path(section.prompts))
-    for exam, place in section.choices.items():
-        check_choices(exam, space.place(place) if place else place, section.shots)
-    if section.wikitext:
-        next(iter(documents(space.path(section.wikitext))))
-    for name in section.max_regression if section.text else ():
-        if name not in section.text:
-            raise UserError(
-                f"{space.file}: eval.max_regression: no text is named {name!r}{nearest(name, section.text)}; measured are "
-                f"{', '.join(section.text)}."
-            )

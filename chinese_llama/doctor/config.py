@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from chinese_llama.doctor.finding import Finding, Severity, some
+from chinese_llama.doctor.finding import Finding, Severity, listing, some
 from chinese_llama.doctor.tensors import VOCABULARY, Readable
 from chinese_llama.doctor.things import UNREADABLE
 from chinese_llama.errors import BadFile, DoesNotFit
@@ -32,7 +32,7 @@ def check_config(path: Path) -> Generator[Finding, None, dict[str, Any]]:
     file = path / "config.json"
     if not file.is_file():
         remedy = "Fetch config.json from where the weights come from."
-        yield Finding("error", "config-missing", str(path), "There is no config.json.", [], remedy)
+        yield Finding("error", "config-missing", str(path), "There is no config.json.", listing(path), remedy)
         return {}
     config: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
@@ -42,21 +42,23 @@ def check_config(path: Path) -> Generator[Finding, None, dict[str, Any]]:
                 config = found if name == "config.json" else config
             except BadFile as error:
                 remedy = f"Fetch {name} again, or mend it at the place that is named."
-                yield Finding("error", "config-damaged", str(path / name), str(error), [], remedy)
+                yield Finding(
+                    "error", "config-damaged", str(path / name), str(error), listing(path / name), remedy
+                )
     yield from _beside(path)
     if not config:
         return {}
     if not isinstance(config.get("model_type"), str):
         remedy = 'Add it: for LLaMA and what was made of it, "model_type": "llama".'
         what = "config.json names no model_type, and does not load."
-        yield Finding("error", "config-field-missing", str(file), what, [], remedy)
+        yield Finding("error", "config-field-missing", str(file), what, _said(config, ["model_type"]), remedy)
     lost = [name for name in NEEDED if not _whole(config.get(name))]
     if lost and config.get("model_type") in TYPES:
         what = (
             f"config.json does not say {', '.join(lost)}; the defaults of the library are of another model."
         )
         remedy = "Fetch config.json from where the weights come from."
-        yield Finding("error", "config-field-missing", str(file), what, [], remedy)
+        yield Finding("error", "config-field-missing", str(file), what, _said(config, lost), remedy)
     yield from _rotary(path, config)
     yield from _ids(path, config)
     try:
@@ -64,6 +66,10 @@ def check_config(path: Path) -> Generator[Finding, None, dict[str, Any]]:
     except DoesNotFit as error:
         yield Finding("note", "quantised", str(file), str(error), [], "")
     return config
+
+
+def _said(config: dict[str, Any], names: list[str]) -> list[str]:
+    return [f"{name}: {config[name]!r}"[:200] if name in config else f"{name}: not said" for name in names]
 
 
 def _whole(value: Any) -> bool:
@@ -110,7 +116,14 @@ def _rotary(path: Path, config: dict[str, Any]) -> Iterator[Finding]:
                 f"config.json does not say {name}; the default of the library may be that of another model."
             )
             remedy = f"Add {name} as the model that it comes from has it."
-            yield Finding("warning", "config-field-missing", str(path / "config.json"), what, [], remedy)
+            yield Finding(
+                "warning",
+                "config-field-missing",
+                str(path / "config.json"),
+                what,
+                _said(config, [name]),
+                remedy,
+            )
 
 
 def _ids(path: Path, config: dict[str, Any]) -> Iterator[Finding]:
@@ -122,7 +135,14 @@ def _ids(path: Path, config: dict[str, Any]) -> Iterator[Finding]:
         if any(isinstance(rows, int) and not -1 <= i < rows for i in ids):
             what = f"config.json: {name} {value} is no row of a vocabulary of {rows:,}."
             remedy = f"Set {name} to the id that the tokenizer has for it."
-            yield Finding("error", "token-id-beyond-rows", str(path / "config.json"), what, [], remedy)
+            yield Finding(
+                "error",
+                "token-id-beyond-rows",
+                str(path / "config.json"),
+                what,
+                _said(config, [name, "vocab_size"]),
+                remedy,
+            )
     wrong = []
     try:
         pieces = pieces_of(path)
@@ -184,10 +204,15 @@ def _vocabulary(where: str, config: dict[str, Any], source: Readable) -> Iterato
     elif HEAD not in source and config and not tied:
         what = f"There is no {HEAD}, and config.json does not tie the output to the embeddings: it would be random."
         remedy = "If the model was trained with tied embeddings, set tie_word_embeddings to true; else fetch the missing tensor."
-        yield Finding("error", "untied-without-head", where, what, [], remedy)
+        yield Finding(
+            "error", "untied-without-head", where, what, _said(config, ["tie_word_embeddings"]), remedy
+        )
     elif HEAD in source and tied and not _same(source):
         what = f"config.json ties the output to the embeddings, but {HEAD} is another matrix, which is then not used."
-        yield Finding("error", "tied-with-another-head", where, what, [], "Set tie_word_embeddings to false.")
+        remedy = 'Set "tie_word_embeddings": false in config.json, if the model was trained so.'
+        yield Finding(
+            "error", "tied-with-another-head", where, what, _said(config, ["tie_word_embeddings"]), remedy
+        )
 
 
 def _same(source: Named) -> bool:
@@ -248,7 +273,7 @@ def _shapes(where: str, shapes: dict[str, tuple[int, ...]], source: Named) -> It
     width = {source.meta(name)[0][1:] for name in VOCABULARY if name in source}
     if any(one != shapes[EMBED][1:] for one in width):
         what = f"The vocabulary has {[list(one) for one in width]} columns, config.json says hidden_size {shapes[EMBED][1]}."
-        yield Finding("error", "shapes-differ", where, what, [], FETCH)
+        yield Finding("error", "shapes-differ", where, what, [f"{EMBED}: {one}" for one in width], FETCH)
 
 
 def _buffers(where: str, config: dict[str, Any], source: Named) -> Iterator[Finding]:

@@ -13,15 +13,10 @@ import typer
 
 from chinese_llama import __version__
 from chinese_llama.data.mixture import sources
-from chinese_llama.doctor.adapter import check_adapter
 from chinese_llama.doctor.data import check_data_together, check_unknown, look
 from chinese_llama.doctor.finding import Finding, guarded, some
-from chinese_llama.doctor.model import check_model
-from chinese_llama.doctor.readings import check_extension
 from chinese_llama.doctor.survey import Survey
 from chinese_llama.doctor.things import Thing, recognise
-from chinese_llama.doctor.together import check_together
-from chinese_llama.doctor.tokenizer import check_tokenizer
 from chinese_llama.errors import UserError
 from chinese_llama.hub import is_hub_id
 from chinese_llama.progress import say
@@ -31,6 +26,7 @@ SEVERITIES = ("error", "warning", "note")
 COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 INSIDE = 20  # things in a directory that are looked at
 MODELS = ("model", "meta checkpoint")
+ONCE = ("pad-is-unk",)  # said once, however often it is so
 
 
 @dataclass
@@ -62,20 +58,16 @@ def examine(paths: list[Path]) -> Report:
     report = Report()
     surveys: list[Survey] = []
     told: set[Path] = set()
-    for path, measures in _expanded(paths, report.findings):
-        say(f"Looking at {path} ...")
-        thing = _recognised(path)
-        if measures:
-            thing.facts["measures"] = True
+    for thing in _expanded(paths, report.findings):
+        say(f"Looking at {thing.path} ...")
         report.things.append(thing)
-        found = list(guarded(path, _checked(thing, surveys)))
-        told |= {path} if thing.kind == "unknown" and found else set()
+        found = list(guarded(thing.path, _checked(thing, surveys)))
+        told |= {thing.path} if thing.kind == "unknown" and found else set()
         report.findings += found
     report.findings += guarded(Path("the data"), check_data_together(surveys))
-    places = [thing.path for thing in report.things if "pieces" in thing.facts and thing.kind != "vocabulary"]
-    report.findings += guarded(Path("the tokenizers"), check_extension(places))
-    others = [thing for thing in report.things if thing.path not in told]
-    report.findings += guarded(Path("all of it"), _together(report, others))
+    others = [thing for thing in report.things if thing.path not in told and thing.kind != "data"]
+    if others:
+        report.findings += guarded(Path("all of it"), _together(report, others))
     report.findings = _sorted(report.findings)
     return report
 
@@ -89,58 +81,77 @@ def _recognised(path: Path) -> Thing:
 
 
 def _checked(thing: Thing, surveys: list[Survey]) -> Iterator[Finding]:
-    """What is wrong with one thing; surveys of data are kept."""
-    if thing.kind in MODELS:
-        yield from guarded(thing.path, check_model(thing))
-    elif thing.kind == "adapter":
-        yield from guarded(thing.path, check_adapter(thing))
-    elif thing.kind == "data":
+    """What is wrong with one thing; surveys of data are kept. What is heavy is loaded for what needs it: data do not
+    wait for PyTorch."""
+    if thing.kind == "data":
         found, survey = look(thing)
         yield from found
         surveys += [survey] if survey else []
     elif thing.kind == "unknown":
         yield from check_unknown(thing)
-    if thing.kind in (*MODELS, "adapter", "tokenizer", "vocabulary"):
+    elif thing.kind != "workspace":
+        from chinese_llama.doctor.adapter import check_adapter
+        from chinese_llama.doctor.model import check_model
+        from chinese_llama.doctor.tokenizer import check_tokenizer
+
+        if thing.kind in MODELS:
+            yield from guarded(thing.path, check_model(thing))
+        elif thing.kind == "adapter":
+            yield from guarded(thing.path, check_adapter(thing))
         yield from guarded(thing.path, check_tokenizer(thing))
 
 
 def _together(report: Report, things: list[Thing]) -> Iterator[Finding]:
+    from chinese_llama.doctor.readings import check_extension
+    from chinese_llama.doctor.together import check_together
+
+    places = [thing.path for thing in things if "pieces" in thing.facts and thing.kind != "vocabulary"]
+    yield from guarded(Path("the tokenizers"), check_extension(places))
     report.order, findings = check_together(things)
     yield from findings
 
 
 def _sorted(findings: list[Finding]) -> list[Finding]:
     """Each finding once, the worst first, those of a place together."""
-    once = {json.dumps(asdict(finding)): finding for finding in findings}
+    once: dict[str, Finding] = {}
+    for finding in findings:
+        once.setdefault(finding.check if finding.check in ONCE else json.dumps(asdict(finding)), finding)
     return sorted(once.values(), key=lambda one: SEVERITIES.index(one.severity))
 
 
 # --- what the paths stand for
 
 
-def _expanded(paths: list[Path], findings: list[Finding]) -> Iterator[tuple[Path, bool]]:
-    """The paths that are looked at, each once, and whether it is there to measure with."""
-    seen: set[Path] = set()
+def _expanded(paths: list[Path], findings: list[Finding]) -> list[Thing]:
+    """What the paths stand for, each once; a tokenizer's file goes with the directory that it lies in."""
+    things: dict[Path, Thing] = {}
     for path in paths:
-        for one, measures in _stands_for(path, findings):
-            if one.resolve() not in seen:
-                seen.add(one.resolve())
-                yield one, measures
+        for thing in _stands_for(path, findings):
+            things.setdefault(thing.path.resolve(), thing)
+    return [
+        thing
+        for place, thing in things.items()
+        if thing.kind != "tokenizer" or place.is_dir() or place.parent not in things
+    ]
 
 
-def _stands_for(path: Path, findings: list[Finding]) -> Iterator[tuple[Path, bool]]:
+def _stands_for(path: Path, findings: list[Finding]) -> Iterator[Thing]:
     thing = _recognised(path)
     if thing.kind == "workspace":
         yield from _workspace(path if path.is_file() else path / FILE, findings)
         return
     inside = thing.facts.get("inside") or []
-    if thing.kind == "unknown" and 0 < len(inside) <= INSIDE:
-        yield from ((Path(place), False) for place in inside)
+    if thing.kind != "unknown" or not inside:
+        yield thing
         return
-    yield path, False
+    if len(inside) > INSIDE:
+        what = f"{len(inside):,} things lie in the directory; the first {INSIDE} are looked at."
+        remedy = "Give those that you mean: chinese-llama doctor PATH PATH ..."
+        findings.append(Finding("note", "looked-at-in-part", str(path), what, some(inside[INSIDE:]), remedy))
+    yield from map(_recognised, map(Path, inside[:INSIDE]))
 
 
-def _workspace(file: Path, findings: list[Finding]) -> Iterator[tuple[Path, bool]]:
+def _workspace(file: Path, findings: list[Finding]) -> Iterator[Thing]:
     """All that a workspace names and that is there; what is not is told."""
     try:
         space = Workspace(file)
@@ -154,7 +165,7 @@ def _workspace(file: Path, findings: list[Finding]) -> Iterator[tuple[Path, bool
                 str(file),
                 f"The workspace cannot be read: {told}",
                 [],
-                "Correct it.",
+                "Correct it there; `chinese-llama init` in another directory writes one with every setting explained.",
             )
         )
         return
@@ -169,7 +180,9 @@ def _workspace(file: Path, findings: list[Finding]) -> Iterator[tuple[Path, bool
         )  # fmt: skip
     for what, place in named:
         if Path(place).exists():
-            yield Path(place), what.startswith("eval")
+            thing = _recognised(Path(place))
+            thing.facts |= {"measures": True} if what.startswith("eval") else {}
+            yield thing
 
 
 def _named(space: Workspace) -> list[tuple[str, str]]:
@@ -216,7 +229,7 @@ def text(report: Report) -> str:
     if report.order:
         lines += [
             "",
-            typer.style("Merge, in this order:", bold=True),
+            typer.style(f"Merge, in this order{_first(report)}:", bold=True),
             *(f"  {command}" for command in report.order),
         ]
     for severity in SEVERITIES:
@@ -226,6 +239,10 @@ def text(report: Report) -> str:
         for same in _alike(found):
             lines += _told(same)
     return "\n".join([*lines, "", _closing(report)])
+
+
+def _first(report: Report) -> str:
+    return " (once the errors are gone)" if report.exit_code else ""
 
 
 def _reads(thing: Thing) -> str:

@@ -31,6 +31,18 @@ def some(items: Sequence[str]) -> list[str]:
     return [*items[:LINES], f"... and {more:,} more"] if more > 0 else list(items)
 
 
+def listing(place: Path) -> list[str]:
+    """What lies in a directory, or how large a file is: lines of evidence."""
+    try:
+        files = sorted(place.iterdir()) if place.is_dir() else [place]
+        lines = [
+            f"{f.name}: {f'{f.stat().st_size:,} bytes' if f.is_file() else 'a directory'}" for f in files
+        ]
+    except OSError as error:
+        return [str(error)]
+    return some(lines) or ["it holds no files"]
+
+
 def guarded(place: Path, findings: Iterable[Finding]) -> Iterator[Finding]:
     """The findings of checks on what lies in `place`. What the checks stumble over is a finding, too: content that
     nobody foresaw is no reason to end without a word about the rest."""
@@ -39,7 +51,7 @@ def guarded(place: Path, findings: Iterable[Finding]) -> Iterator[Finding]:
     except OSError as error:
         where, what = str(error.filename or place), f"It cannot be read ({error.strerror or error})."
         remedy = "Give yourself the right to read it, or copy it again."
-        yield Finding("error", "file-not-readable", where, what, [], remedy)
+        yield Finding("error", "file-not-readable", where, what, [str(error)], remedy)
     except Exception as error:
         what = "It holds something that it should not, and cannot be examined to the end."
         remedy = "Get it again from where it comes from, or make it again."

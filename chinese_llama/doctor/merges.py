@@ -83,7 +83,7 @@ def check_merged(other: Thing, base: Thing, adapters: Sequence[Adapter]) -> Iter
         same = yield from _recorded(other, base, adapters, manifest, digest)
         if not same:
             return
-    if not manifest and not _alike(source, found):
+    if not manifest and not alike(source, found):
         what = f"{other.path} has nothing in common with {base.path}: it is not made of it."
         yield Finding("note", "models-unrelated", str(other.path), what, [], "")
         return
@@ -96,11 +96,19 @@ def check_related(one: Thing, other: Thing) -> Iterator[Finding]:
     """Two models without adapters: fields of config.json that one lost, where they are of one family."""
     try:
         source, found = open_model(one.path), open_model(other.path)
-        alike = _alike(source, found)
+        related = alike(source, found)
     except UNREADABLE:
         return
-    if alike:
-        yield from _same_config(one, other, source.config(), found.config())
+    if related:
+        mine, theirs = source.config(), found.config()
+        if len(_silent(mine)) > len(_silent(theirs)):  # what says less was made of what says more
+            one, other, mine, theirs = other, one, theirs, mine
+        yield from _same_config(one, other, mine, theirs)
+
+
+def _silent(config: dict[str, Any]) -> list[str]:
+    """The fields that config.json does not say, of those that the weights depend on."""
+    return [name for name in (*DEFAULTS, "num_key_value_heads", "rope") if _why(name, config)]
 
 
 def _recorded(
@@ -138,7 +146,7 @@ def _recorded(
     return merged == given
 
 
-def _alike(source: Model, found: Model) -> bool:
+def alike(source: Model, found: Model) -> bool:
     """Whether two models come from one: the first old rows are the same, or most of a weight that few trainings move
     far is."""
     if EMBED in found and torch.equal(source.rows(EMBED, 0, ROWS), found.rows(EMBED, 0, ROWS)):
@@ -241,8 +249,10 @@ def _same_config(one: Thing, other: Thing, mine: dict[str, Any], theirs: dict[st
             for name in wrong
         ]
         what = f"config.json does not agree with the model that it comes from: {', '.join(wrong)}."
-        remedy = f"Put the values of the model that was trained ({one.path}, if the other was made of it) into config.json."
-        yield Finding("error", "config-fields-lost", f"{other.path}/config.json", what, some(lines), remedy)
+        remedy = f"Write into {other.path}/config.json what {one.path}/config.json says of them, if the one was made of the other."
+        longer = wrong == ["max_position_embeddings"] and not _why(wrong[0], theirs)  # it only bounds a cache
+        severity: Severity = "warning" if longer else "error"
+        yield Finding(severity, "config-fields-lost", f"{other.path}/config.json", what, some(lines), remedy)
 
 
 def _effective(config: dict[str, Any]) -> dict[str, Any]:

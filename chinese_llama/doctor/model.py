@@ -12,7 +12,7 @@ from chinese_llama.artifacts import LARGE, again, read_manifest, sha256_file
 from chinese_llama.convert.meta import MetaWeights
 from chinese_llama.directories import MANIFEST
 from chinese_llama.doctor.config import check_against, check_config
-from chinese_llama.doctor.finding import Finding, guarded, some
+from chinese_llama.doctor.finding import Finding, guarded, listing, some
 from chinese_llama.doctor.tensors import (
     VOCABULARY,
     Readable,
@@ -79,7 +79,7 @@ def _weights(path: Path) -> Generator[Finding, None, Readable | None]:
     if not list(source):
         if not source.problems:
             what = "The file of weights holds no tensors."
-            yield Finding("error", "no-tensors", str(path / single), what, [], FETCH)
+            yield Finding("error", "no-tensors", str(path / single), what, listing(path / single), FETCH)
         return None
     peft = [name for name in source if name.startswith(PREFIX)]
     if peft:
@@ -112,7 +112,7 @@ def _no_weights(path: Path, there: dict[str, Path]) -> Iterator[Finding]:
         return
     names = [name for name in there if name.endswith((".gguf", ".safetensors", ".bin", ".pt", ".pth"))]
     what = "There are no weights (model*.safetensors or pytorch_model*.bin)."
-    yield Finding("error", "no-weights", str(path), what, some(names), FETCH)
+    yield Finding("error", "no-weights", str(path), what, some(names) or listing(path), FETCH)
 
 
 def _ignored(path: Path, used: str, others: list[str]) -> Iterator[Finding]:
@@ -128,12 +128,12 @@ def _index(path: Path, index: str, there: dict[str, Path]) -> Generator[Finding,
     try:
         listed = read_json(there[index]).get("weight_map")
     except BadFile as error:
-        yield Finding("error", "index-damaged", str(there[index]), str(error), [], FETCH)
+        yield Finding("error", "index-damaged", str(there[index]), str(error), listing(there[index]), FETCH)
         return None
     good = isinstance(listed, dict) and all(isinstance(s, str) and Path(s).name == s for s in listed.values())
     if not good or not listed:
         what = "The index has no weight_map of tensors to files beside it."
-        yield Finding("error", "index-damaged", str(there[index]), what, [], FETCH)
+        yield Finding("error", "index-damaged", str(there[index]), what, listing(there[index]), FETCH)
         return None
     lost = sorted({name for name in listed.values() if name not in there})
     if lost:
@@ -172,7 +172,14 @@ def check_manifest(path: Path) -> Iterator[Finding]:
         manifest = read_manifest(path)
     except BadFile as error:
         remedy = "Delete the file: the directory then counts as made by another tool."
-        yield Finding("error", "manifest-damaged", str(error).partition(": ")[0], str(error), [], remedy)
+        yield Finding(
+            "error",
+            "manifest-damaged",
+            str(error).partition(": ")[0],
+            str(error),
+            listing(path / MANIFEST),
+            remedy,
+        )
         return
     if manifest is None:
         return
@@ -217,7 +224,8 @@ def check_pieces(path: Path, rows: int | None, what: str) -> Iterator[Finding]:
         check_tokenizer(path, rows, what, padded)
     except DoesNotFit as error:
         remedy = "Put the tokenizer there that the model was made with; grow the model with `chinese-llama extend-model` for a larger one."
-        yield Finding("error", "rows-do-not-fit", str(path), str(error), [], remedy)
+        lines = [f"rows of {what}: {rows:,}", f"pieces of the tokenizer: {len(pieces_of(path)):,}"]
+        yield Finding("error", "rows-do-not-fit", str(path), str(error), lines, remedy)
     except UNREADABLE:
         return  # told as a trouble of the tokenizer
 
@@ -252,6 +260,6 @@ def _meta(thing: Thing) -> Iterator[Finding]:
     except UserError as error:
         check = "rows-do-not-fit" if isinstance(error, DoesNotFit) else "checkpoint-damaged"
         remedy = "Fetch params.json, every consolidated.*.pth and tokenizer.model again, from one source."
-        yield Finding("error", check, str(thing.path), str(error), [], remedy)
+        yield Finding("error", check, str(thing.path), str(error), listing(thing.path), remedy)
         return
     yield from _numbers(thing.path, source, config)

@@ -13,7 +13,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from chinese_llama.doctor import raw
-from chinese_llama.doctor.finding import Finding, some
+from chinese_llama.doctor.finding import Finding, listing, some
 from chinese_llama.doctor.things import published_tokenizer
 from chinese_llama.errors import UserError
 from chinese_llama.vocab.proto import read_model
@@ -144,7 +144,13 @@ def guarded(work: Callable[[], Any], where: Path, found: list[Finding]) -> Any:
             )
         check = "needs-own-code" if code else "tokenizer-not-readable"
         what = "The tokenizer is a program of its own." if code else "The tokenizer does not load."
-        found.append(Finding("error", check, str(where), what, [told[0][:300]], remedy))
+        if "alidation error for" in str(error):  # of huggingface_hub, for config.json beside the tokenizer
+            check, where = "config-field-wrong", where / "config.json"
+            what = "config.json holds a value that transformers refuses, so that neither model nor tokenizer load."
+            remedy = (
+                "Write a value of the right type for the field that is named, as the model's source has it."
+            )
+        found.append(Finding("error", check, str(where), what, [" ".join(told)[:300]], remedy))
         return None
 
 
@@ -169,7 +175,7 @@ def _no_model(file: Path, told: str) -> Finding:
         "The file is in tiktoken's form (Llama 3's own), not SentencePiece's."
         if tiktoken
         else f"The file {told}",
-        [],
+        [*listing(file), f"begins with {b' '.join(first)[:24]!r}"],
         "Use the tokenizer.json that lies beside the model's Hugging Face weights."
         if tiktoken
         else "It is damaged, or of another kind: get it again, and compare its size and sha256.",

@@ -11,7 +11,7 @@ from typing import Any
 
 import zstandard
 
-from chinese_llama.doctor.finding import Finding
+from chinese_llama.doctor.finding import Finding, listing
 from chinese_llama.errors import UserError
 from chinese_llama.merging.adapter import read_object
 
@@ -46,7 +46,9 @@ def broken(file: Path) -> Finding | None:
             "Fetch the content: `git lfs pull` in the clone, or download the file again from the hub.",
         )  # fmt: skip
     if not start.strip(b"\xef\xbb\xbf \t\r\n"):
-        return Finding("error", "file-empty", str(file), "The file is empty.", [], "Get or make it again.")
+        return Finding(
+            "error", "file-empty", str(file), "The file is empty.", listing(file), "Get or make it again."
+        )
     if start.lstrip()[:9].lower() in (b"<!doctype", b"<html>") or start.lstrip()[:5].lower() == b"<html":
         return Finding(
             "error", "file-is-text", str(file),
@@ -70,7 +72,12 @@ def json_object(file: Path, found: list[Finding]) -> dict[str, Any]:
         told = str(error).removeprefix(f"{file}: ")
         found.append(
             Finding(
-                "error", "invalid-json", str(file), f"The file {told}", [], "Correct it, or get it again."
+                "error",
+                "invalid-json",
+                str(file),
+                f"The file {told}",
+                listing(file),
+                "Correct it at the place that is named, or get it again.",
             )
         )
         return {}

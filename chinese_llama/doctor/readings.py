@@ -23,6 +23,7 @@ from chinese_llama.vocab.readers import BYTE_PIECE, Reader
 from chinese_llama.vocab.scripts import CHINESE, is_chinese
 
 SHOWN = 6  # ids of an example
+POOR = 0.7  # Chinese characters a token: bytes, mostly
 OFTEN = 0.2  # of the Chinese characters unknown: what is left of a text is no text
 MAKE_AGAIN = (
     "chinese-llama extend-vocab --base BASE makes one whose pieces all occur, read the same everywhere."
@@ -87,7 +88,7 @@ def _pieces(opened: Opened, ids: list[int]) -> str:
 
 def _alone(opened: Opened, texts: list[str]) -> Iterator[Finding]:
     """A tokenizer.model by itself, as transformers converts it."""
-    if opened.model is None or opened.content or opened.reader is None:
+    if opened.model is None or opened.reader is None or (opened.place / "tokenizer.json").is_file():
         return
     encode = plain_auto(opened.place)
     ids, other = opened.reader.encode(texts), encode(texts) if encode else None
@@ -233,7 +234,7 @@ def _tied(opened: Opened, model: model_pb2.ModelProto) -> Iterator[Finding]:
             "note" if opened.published else "warning", "tied-scores", str(opened.place / "tokenizer.model"),
             f"{tied:,} pieces share their scores with others, so SentencePiece (leftmost first) and merge lists (in "
             "order) join text differently.",
-            some([f"score {score:g}: {count:,} pieces" for score, count in ties.items()]),
+            some([f"score {score + 0.0:g}: {count:,} pieces" for score, count in ties.items()]),
             "Pieces that were appended with score 0 do this; " + MAKE_AGAIN,
         )  # fmt: skip
 
@@ -245,7 +246,7 @@ def _coverage(opened: Opened, thing: Thing, texts: list[str]) -> Iterator[Findin
     if ratio is None:
         return
     thing.facts["chinese_characters_per_token"] = round(ratio, 3)
-    if ratio < 1:
+    if ratio < POOR:
         yield Finding(
             "note", "poor-chinese", str(opened.place),
             f"A token holds {ratio:.2f} Chinese characters on the probe texts: Chinese costs {1 / ratio:.1f} tokens a "

@@ -75,8 +75,9 @@ def _outside(opened: Opened, unknown: dict[str, str]) -> Iterator[Finding]:
             f"{token!r} is named, but is no piece: transformers adds it{given} without a word, "
             + ("a row that was never trained." if room else "and a model without a row for it fails or reads another."),
             [f"the vocabulary has {len(opened.reader.pieces) if opened.reader else 0:,} pieces"],
-            f"Name a token that is in the vocabulary; for a pad token of its own, make the tokenizer with "
-            f"extend-vocab --pad-token {token!r}, and grow the model with extend-model.",
+            "Name a token that is in the vocabulary in its place"
+            + (f"; for a pad token of its own, make the tokenizer with extend-vocab --pad-token {token!r}, and grow "
+               "the model with extend-model." if "pad" in token.lower() else ' (LLaMA: "<s>", "</s>", "<unk>").'),
         )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def _missing(opened: Opened, thing: Thing) -> Iterator[Finding]:
     why = _tuned(opened.place, thing)
     if why:
         yield Finding(
-            "warning", "no-template", str(opened.place),
+            "note" if why.startswith("by its name") else "warning", "no-template", str(opened.place),
             "The model is tuned to answer, but no chat template says how it is to be asked: programs ask it in a form "
             "of their own, and it answers badly.",
             [why],

@@ -6,20 +6,19 @@ Nothing here raises for bad content: what cannot be read is left out of the fact
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from chinese_llama.artifacts import ADAPTER_FILES, Manifest, identity, read_manifest
-from chinese_llama.convert.meta import is_meta
 from chinese_llama.data.formats import PATTERNS
 from chinese_llama.directories import MANIFEST
 from chinese_llama.errors import UserError
 from chinese_llama.merging.adapter import read_object
 from chinese_llama.merging.plan import load
 from chinese_llama.merging.registry import Base, registry
-from chinese_llama.model.adapters import whole_rows
 from chinese_llama.workspace import FILE as WORKSPACE
 
 Kind = Literal[
@@ -27,6 +26,14 @@ Kind = Literal[
 ]
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+# files that are a part of what lies in their directory
+PARTS = (
+    "config.json", "generation_config.json", "adapter_config.json", "params.json", MANIFEST, *ADAPTER_FILES,
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+MARKS = ("config.json", "params.json", WORKSPACE, "adapter_config.json", *ADAPTER_FILES, *TOKENIZER)
+DEPTH = 6  # of directories in one another that are looked into
+BESIDE = re.compile(r"(readme|license|notice|requirements.*)\.txt", re.IGNORECASE)  # no data
 # a vocabulary that is no tokenizer of a model: SentencePiece's own, by the sha256 of the file
 CHINESE_SP = "0f5f6f717181694ec2e1c9be4398e2db2e40a3902932325b06e12ad4cd64ac09"
 UNREADABLE = (UserError, OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration)
@@ -60,13 +67,23 @@ def recognise(path: Path) -> Thing:
 def _whole(path: Path) -> Path:
     """The directory that a file is a part of, where it is one; the snapshot in a directory of the hub's cache."""
     if path.is_dir():
-        snapshots = sorted((path / "snapshots").glob("*/")) if (path / "refs").is_dir() else []
-        return snapshots[-1] if len(snapshots) == 1 else path
-    parts = ("config.json", "adapter_config.json", "params.json", MANIFEST, *ADAPTER_FILES, *TOKENIZER[2:])
+        return _snapshot(path)
     weights = any(path.match(pattern) for pattern in (*WEIGHTS, "consolidated.*.pth"))
-    if path.is_file() and (path.name in parts or (weights and _kind(path.parent) != "unknown")):
+    if path.is_file() and path.name == MANIFEST:
+        return path.parent
+    if path.is_file() and (path.name in PARTS or weights) and _kind(path.parent) not in ("unknown", "data"):
         return path.parent
     return path
+
+
+def _snapshot(path: Path) -> Path:
+    """Of a directory of the hub's cache the snapshot that refs/main names, else the newest; else the directory
+    itself (https://huggingface.co/docs/huggingface_hub/guides/manage-cache)."""
+    snapshots = sorted((path / "snapshots").glob("*/"), key=lambda place: place.stat().st_mtime)
+    main = path / "refs" / "main"
+    named = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+    found = [place for place in snapshots if place.name == named]
+    return (found or snapshots or [path])[-1]
 
 
 def _kind(path: Path) -> Kind:
@@ -80,7 +97,9 @@ def _kind(path: Path) -> Kind:
     weights = any(
         file.match(pattern) for file in files for pattern in WEIGHTS if file.name not in ADAPTER_FILES
     )
-    if is_meta(path) or "params.json" in names:
+    if "params.json" in names or (
+        "config.json" not in names and any(file.match("consolidated.*.pth") for file in files)
+    ):
         return "meta checkpoint"
     if "adapter_config.json" in names or names & set(ADAPTER_FILES):
         return "model" if weights and "config.json" in names else "adapter"
@@ -98,11 +117,31 @@ def _kind(path: Path) -> Kind:
 
 
 def _inside(path: Path) -> list[str]:
-    """What lies in a directory that is something: directories, and data beside them."""
-    marks = ("config.json", "params.json", WORKSPACE, "adapter_config.json", *TOKENIZER)
-    places = sorted(path.iterdir())
-    found = [str(place) for place in places if any((place / mark).is_file() for mark in marks)]
-    return found + [str(place) for place in places if _is_data(place)] if found else []
+    """What lies in a directory that is something, however deep: directories, and data beside them."""
+    found = list(_walk(path, DEPTH))
+    return [str(place) for place in found] if any(place.is_dir() for place in found) else []
+
+
+def _walk(path: Path, depth: int) -> Iterator[Path]:
+    places = [place for place in sorted(path.iterdir()) if not place.name.startswith(".")]
+    # of the checkpoints of one run the last: they do not merge with one another
+    steps = {int(place.name[11:]): place for place in places if re.fullmatch(r"checkpoint-\d+", place.name)}
+    for place in [place for place in places if place not in steps.values() or place == steps[max(steps)]]:
+        if not place.is_dir():
+            if _is_data(place) and not BESIDE.fullmatch(place.name) and _is_list(place):
+                yield place
+        elif any((_snapshot(place) / mark).is_file() for mark in MARKS):
+            yield _snapshot(place)
+        elif depth and not place.is_symlink():
+            yield from _walk(place, depth - 1)
+
+
+def _is_list(file: Path) -> bool:
+    """Whether a .json file may hold records, and no settings; other data may."""
+    if file.suffix != ".json":
+        return True
+    with open(file, "rb") as stream:
+        return stream.read(64).lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"["
 
 
 def _kind_of_file(path: Path) -> Kind:
@@ -154,6 +193,8 @@ def _adapter(path: Path) -> Thing:
         "base": config.get("base_model_name_or_path"),
     }
     published = None
+    from chinese_llama.model.adapters import whole_rows
+
     with contextlib.suppress(*UNREADABLE):
         file = next((path / name for name in ADAPTER_FILES if (path / name).is_file()), None)
         found = registry().by_sha256(identity(file)) if file and file.suffix == ".bin" else None

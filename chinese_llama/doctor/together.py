@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from chinese_llama.artifacts import identity
 from chinese_llama.convert.meta import open_model
-from chinese_llama.doctor.finding import Finding, guarded, some
-from chinese_llama.doctor.merges import check_merged, check_related
+from chinese_llama.doctor.finding import Finding, guarded, listing, some
+from chinese_llama.doctor.merges import alike, check_merged, check_related
+from chinese_llama.doctor.order import MODELS, Chain, chains_of, command, given_order, named_base
 from chinese_llama.doctor.tensors import FP16
 from chinese_llama.doctor.things import UNREADABLE, Thing, manifest_of
 from chinese_llama.errors import DoesNotFit
@@ -26,13 +25,12 @@ from chinese_llama.merging.stream import load_steps
 from chinese_llama.model.adapters import whole_rows
 from chinese_llama.model.shards import Model, blocks
 
-MODELS = ("model", "meta checkpoint")
 # what the sentences of lineage and fit are about -> the check, and what to do where they do not say it
 TOLD = (
     ("quantised", "quantised", "Give the model before it was quantised."),
     (" merged into ", "adapter-merged-already", "Leave it out, or give the base that it is not in."),
     ("are the same one", "adapter-twice", "Give it once."),
-    ("never shrinks", "vocabulary-shrinks", "Merge the adapter with fewer rows first."),
+    ("never shrinks", "vocabulary-shrinks", "Merge the adapter with fewer rows first, into the base that it was trained on."),
     ("another base", "adapter-of-another-base", "Give the base that the adapter was trained on."),
     ("another model of that size", "adapter-of-another-base", "Give the base that the adapter was trained on."),
     (" is for ", "adapter-of-another-base", "Give the base that the adapter was trained on."),
@@ -50,21 +48,6 @@ TOLD = (
 )  # fmt: skip
 
 
-@dataclass
-class Chain:
-    """Adapters that merge one after another, on the base that they fit best (None: none was given), which gives
-    `rows` rows; what does not fit."""
-
-    adapters: list[Adapter]
-    base: Thing | None = None
-    rows: int | None = None
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def place(self) -> Path:
-        return self.adapters[-1].path
-
-
 def check_together(things: Sequence[Thing]) -> tuple[list[str], list[Finding]]:
     """In which order the adapters merge, as commands; and what does not fit."""
     findings = [finding for thing in things if thing.kind == "unknown" for finding in _unknown(thing)]
@@ -72,11 +55,11 @@ def check_together(things: Sequence[Thing]) -> tuple[list[str], list[Finding]]:
     adapters, twice = _loaded(things)
     findings += twice
     chains = []
-    for members in _chains(adapters):
+    for members in chains_of(adapters, models):
         chain = Chain(members)
         findings += guarded(chain.place, _on_the_best(chain, models))
         chains.append(chain)
-    findings += _given_order(adapters, chains)
+    findings += given_order(adapters, chains)
     for chain in chains:
         if chain.base:
             for other in models:
@@ -86,7 +69,7 @@ def check_together(things: Sequence[Thing]) -> tuple[list[str], list[Finding]]:
         for other in models[1:]:
             findings += guarded(other.path, check_related(models[0], other))
     findings += _tokenizers(things, chains)
-    return [_command(chain) for chain in chains], [f for i, f in enumerate(findings) if f not in findings[:i]]
+    return [command(chain) for chain in chains], [f for i, f in enumerate(findings) if f not in findings[:i]]
 
 
 def _unknown(thing: Thing) -> Iterator[Finding]:
@@ -94,14 +77,13 @@ def _unknown(thing: Thing) -> Iterator[Finding]:
     what = f"It is no model, adapter, tokenizer or data that is known: it {'is ' if thing.path.exists() else ''}{thing.title}."
     if "problem" in thing.facts:
         what = f"It cannot be read ({thing.facts['problem']})."
+    lines = some([Path(p).name for p in inside]) or listing(thing.path)
     remedy = (
         "Give what lies in it: " + " ".join(inside)
         if inside
         else "Look whether the path is right, and the download whole."
     )
-    yield Finding(
-        "error", "not-recognised", str(thing.path), what, some([Path(p).name for p in inside]), remedy
-    )
+    yield Finding("error", "not-recognised", str(thing.path), what, lines, remedy)
 
 
 def _loaded(things: Sequence[Thing]) -> tuple[list[Adapter], list[Finding]]:
@@ -116,86 +98,13 @@ def _loaded(things: Sequence[Thing]) -> tuple[list[Adapter], list[Finding]]:
             first = found.setdefault(identity(thing.path), adapter)
             if first is not adapter:
                 what = f"The adapters {first.name} and {adapter.name} are the same one."
+                lines = [f"sha256 of both: {identity(thing.path)}"]
                 twice.append(
-                    Finding("warning", "adapter-twice", adapter.name, what, [], "Give, and merge, it once.")
+                    Finding(
+                        "warning", "adapter-twice", adapter.name, what, lines, "Give, and merge, it once."
+                    )
                 )
     return list(found.values()), twice
-
-
-# --- order
-
-
-def _chains(adapters: list[Adapter]) -> list[list[Adapter]]:
-    """The adapters in lists that merge one after another, each with what it lies on as far as it is given."""
-    below = {id(adapter): _below(adapter, adapters) for adapter in adapters}
-    inner = {id(one) for lists in below.values() for one in lists}
-    return [[*below[id(adapter)], adapter] for adapter in adapters if id(adapter) not in inner]
-
-
-def _below(adapter: Adapter, adapters: list[Adapter]) -> list[Adapter]:
-    """What lies below an adapter, of those that are given: as its manifest or the registry has it; where nothing
-    tells, those with fewer rows of vocabulary, then those given before it."""
-    others = [other for other in adapters if other is not adapter]
-    if adapter.manifest:
-        known = {identity(other.path): other for other in others}
-        return [known[sha] for sha in adapter.parents if sha in known]
-    if adapter.published:
-        names = {other.published.name: other for other in others if other.published}
-        return [names[name] for name in adapter.published.after if name in names]
-    rows, place = _rows(adapter), [one.path for one in adapters].index(adapter.path)
-    found = []
-    for number, other in enumerate(adapters):
-        told = other.manifest is not None or other.published is not None
-        fewer = _rows(other) < rows or (not told and _rows(other) == rows and number < place)
-        if other is not adapter and fewer:
-            found.append(other)
-    return sorted(found, key=_rows)
-
-
-def _rows(adapter: Adapter) -> int:
-    with contextlib.suppress(*UNREADABLE):
-        return adapter.vocabulary or whole_rows(adapter) or 0
-    return 0
-
-
-def _given_order(adapters: list[Adapter], chains: list[Chain]) -> Iterator[Finding]:
-    """Whether the adapters were given in another order than they merge in; and whether nothing tells the order."""
-    given = [adapter.path for adapter in adapters]
-    for chain in chains:
-        order = [adapter.path for adapter in chain.adapters]
-        as_given = [path for path in given if path in order]
-        if order != as_given:
-            lines = [f"given: {', '.join(map(str, as_given))}", f"order: {', '.join(map(str, order))}"]
-            what = "The adapters merge in another order than they were given in."
-            yield Finding(
-                "note", "order-as-given", str(chain.place), what, lines, f"Merge them so: {_command(chain)}"
-            )
-        silent = [str(a.path) for a in chain.adapters if a.manifest is None and a.published is None]
-        if len(chain.adapters) > 1 and silent:
-            what = "Nothing tells what these adapters were trained on; the order is a guess, by rows of vocabulary and as given."
-            yield Finding(
-                "note",
-                "order-unknown",
-                str(chain.place),
-                what,
-                silent,
-                "Check it against how they were trained.",
-            )
-
-
-def _command(chain: Chain) -> str:
-    first = chain.adapters[0]
-    base = str(chain.base.path) if chain.base else "BASE"
-    recorded = first.manifest.inputs.get("base", {}).get("path", "") if first.manifest else ""
-    if chain.base is None and recorded and Path(recorded).exists():
-        base = recorded
-    missing = []
-    last = chain.adapters[-1].published
-    if last:
-        here = {adapter.published.name for adapter in chain.adapters if adapter.published}
-        missing = [name for name in last.after if name not in here]
-    loras = ",".join([*missing, *(str(adapter.path) for adapter in chain.adapters)])
-    return f"chinese-llama merge --base {shlex.quote(base)} --loras {shlex.quote(loras)} --output merged"
 
 
 # --- base and adapters
@@ -209,7 +118,10 @@ def _on_the_best(chain: Chain, models: list[Thing]) -> Iterator[Finding]:
     tried = [_tried(chain.adapters, model) for model in models]
     fewest = min(map(_wrong, tried))
     fitting = sorted((one for one in tried if _wrong(one) == fewest), key=lambda one: _place(one.base))
-    best = next((one for one in fitting if _is_below(one, fitting)), fitting[0])
+    named = named_base(chain.adapters[0], models)
+    best = next((one for one in fitting if one.base is named), None) or next(
+        (one for one in fitting if _is_below(one, fitting)), fitting[0]
+    )
     chain.base, chain.rows = best.base, best.rows
     yield from best.findings
     if fewest == 0 and len(models) > 1 and best.base:
@@ -287,9 +199,25 @@ def _tried(adapters: list[Adapter], base: Thing) -> Chain:
             if told.check not in [finding.check for finding in chain.findings]:
                 chain.findings.append(told)
             return chain
+        chain.findings += _named_otherwise(adapters[0], base, source)
         chain.findings += _overflow(source, loaded, base)
         chain.findings += _result(chain)
     return chain
+
+
+def _named_otherwise(adapter: Adapter, base: Thing, source: Model) -> Iterator[Finding]:
+    """Whether the base is another one than adapter_config.json names, where that is here to be compared."""
+    name = str(adapter.config.get("base_model_name_or_path") or "")
+    if adapter.manifest or adapter.published or not (Path(name) / "config.json").is_file():
+        return
+    if not alike(open_model(Path(name)), source):
+        what = f"The adapter {adapter.name} was trained on {name}, and {base.path} has other weights: it is another model."
+        lines = [
+            f"adapter_config.json: base_model_name_or_path {name!r}",
+            f"most weights of {name} and {base.path} differ",
+        ]
+        remedy = f"Give the base that it was trained on: chinese-llama doctor {name} {adapter.path}"
+        yield Finding("error", "adapter-of-another-base", str(adapter.path), what, lines, remedy)
 
 
 def _told(sentence: str, adapters: list[Adapter], base: Thing) -> Finding:
@@ -347,7 +275,14 @@ def _result(chain: Chain) -> Iterator[Finding]:
             check_tokenizer(found, chain.rows, "the merged model", padded)
         except DoesNotFit as error:
             remedy = "Put the tokenizer that the last adapter was trained with beside it."
-            yield Finding("error", "rows-do-not-fit", str(found), str(error), [], remedy)
+            yield Finding(
+                "error",
+                "rows-do-not-fit",
+                str(found),
+                str(error),
+                [f"rows when merged: {chain.rows:,}"],
+                remedy,
+            )
     below = chain.base.path
     for adapter in chain.adapters:
         if adapter.tokenizer and (line := _other_pieces(below, adapter.tokenizer)):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from chinese_llama.data.templates import text_ids
@@ -30,21 +31,21 @@ class NotFinite(UserError):
 class Window:
     """Ids that the model sees at once; the first `context` of them are not scored."""
 
-    ids: list[int]
+    ids: Sequence[int]
     context: int
     document: int = 0
 
 
-def windows(ids: list[int], length: int, stride: int, document: int = 0) -> Iterator[Window]:
+def windows(ids: Sequence[int], length: int, stride: int, document: int = 0) -> Iterator[Window]:
     """Windows of at most `length` ids that score every id but the first exactly once.
 
-    Each window after the first repeats `length - stride` ids as context
-    (https://huggingface.co/docs/transformers/perplexity).
+    One begins every `stride` ids, and each after the first repeats `length - stride` as context, the last one
+    too, which may be shorter (https://huggingface.co/docs/transformers/perplexity).
     """
     scored = 1
     while scored < len(ids):
         end = min(len(ids), length if scored == 1 else scored + stride)
-        start = max(0, end - length)
+        start = max(0, scored - (length - stride))
         yield Window(ids[start:end], scored - start, document)
         scored = end
 
@@ -86,7 +87,9 @@ def window_nats(model: Any, batch: list[Window], filler: int) -> list[float]:
     """
     longest = max(len(window.ids) for window in batch)
     first = min(window.context for window in batch) - 1  # the position whose logits score the first id
-    ids = torch.tensor([w.ids + [filler] * (longest - len(w.ids)) for w in batch])
+    ids = torch.full((len(batch), longest), filler)
+    for row, window in enumerate(batch):
+        ids[row, : len(window.ids)] = torch.as_tensor(window.ids)
     places = torch.arange(first + 1, longest)
     starts, ends = (
         torch.tensor(found)[:, None] for found in zip(*((w.context, len(w.ids)) for w in batch), strict=True)
@@ -136,7 +139,10 @@ def text_windows(tokenizer: Any, texts: Iterable[str], length: int, stride: int 
         made.characters.append(len(text))
         made.bytes.append(len(text.encode()))
         made.tokens.append(len(ids))
-        made.windows += windows([tokenizer.bos_token_id, *ids], length, made.stride, number)
+        whole: Any = np.array(
+            [tokenizer.bos_token_id, *ids], np.int32
+        )  # windows are views: a short stride costs little
+        made.windows += windows(whole, length, made.stride, number)
     if not made.windows:
         raise UserError("The text has not one token; give one with more in it.")
     made.windows.sort(key=lambda window: (len(window.ids), window.context))

@@ -1,7 +1,8 @@
 """Chat completions from any endpoint that speaks OpenAI's protocol: POST {url}/chat/completions.
 
 Every request has a deadline for the whole of it, from the look-up of the name to the last byte. The key is sent in the
-Authorization header to that URL only: redirects are not followed, and no message holds it.
+Authorization header to that URL only (through the proxy of the environment, unless it is on this machine): redirects
+are not followed, and no message holds it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from chinese_llama.errors import UserError
 T = TypeVar("T")
 LARGEST = 4 << 20  # bytes of a reply
 LONGEST_WAIT = 300.0  # seconds that an endpoint may ask to wait
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PASSING = (408, 409, 425, 429)  # beside 5xx: worth another try
 THIS_ONE = (400, 413, 422)  # something in this request, which another may not have
 HINTS = {
@@ -70,7 +72,11 @@ class Endpoint:
         self._key = key.strip()
         if not (self._key and self._key.isascii() and self._key.isprintable()):
             raise UserError("The key is empty or holds characters that no key has; look at its variable.")
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        host = urllib.parse.urlsplit(self.url).hostname
+        direct = (
+            [urllib.request.ProxyHandler({})] if host in LOOPBACK else []
+        )  # no proxy sees the key of a local server
+        self._opener = urllib.request.build_opener(_NoRedirects, *direct)
         self._closed = threading.Event()
 
     def ask(self, messages: list[dict[str, str]]) -> str:

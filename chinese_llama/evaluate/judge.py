@@ -127,7 +127,7 @@ def judge(directory: Path, endpoint: Endpoint, workers: int = 4) -> dict[str, An
     answers, names, _ = read_answers(directory)
     file = Path(directory) / JUDGEMENTS
     tasks = [Task(answered, order) for answered in answers for order in _orders(answered)]
-    known = _known(file, endpoint.model, tasks)
+    known = _known(file, endpoint, tasks)
     todo = [task for task in tasks if task.answered.number not in known.get(task.order, {})]
     if len(todo) < len(tasks):
         say(f"{len(tasks) - len(todo):,} of {len(tasks):,} judgements are there.")
@@ -145,7 +145,7 @@ def judge(directory: Path, endpoint: Endpoint, workers: int = 4) -> dict[str, An
             )
             kept += 1
     except KeyboardInterrupt as error:
-        stood = sum(map(len, _known(file, endpoint.model, tasks).values()))
+        stood = sum(map(len, _known(file, endpoint, tasks).values()))
         raise Interrupted(
             f"Stopped: {stood:,} of {len(tasks):,} judgements are kept in {file}; the same command goes on."
         ) from error
@@ -166,7 +166,7 @@ def _orders(answered: Answered) -> list[tuple[str, ...]]:
 Known = dict[tuple[str, ...], dict[int, Any]]  # the verdict or score by order and number
 
 
-def _known(file: Path, model: str, tasks: Sequence[Task]) -> Known:
+def _known(file: Path, endpoint: Endpoint, tasks: Sequence[Task]) -> Known:
     """What stands of the judgements in a file."""
     wanted = {(task.answered.number, task.order): task for task in tasks}
     known: Known = {}
@@ -175,8 +175,8 @@ def _known(file: Path, model: str, tasks: Sequence[Task]) -> Known:
         if not isinstance(order, list) or type(record.get("number")) is not int:
             raise BadFile(file, f"holds a record that is no judgement ({sorted(record)}).")
         task = wanted.get((record["number"], tuple(map(str, order))))
-        asked = (model, VERSION, task.digest) if task else None
-        if task and (record.get("judge"), record.get("version"), record.get("digest")) == asked:
+        asked = ("judge", "version", "digest")
+        if task and all(record.get(name) == _record(task, endpoint)[name] for name in asked):
             result = record.get("verdict", record.get("score"))
             known.setdefault(task.order, {})[task.answered.number] = result
     return known

@@ -2,7 +2,7 @@
 
 The page shows the two answers to a prompt in an order that is drawn for each prompt and does not say whose they are.
 Votes are lines of votes.jsonl: {"number", "vote": a model's label, "tie" or "bad", "shown": labels in the order of the
-page, "at"}; the last vote for a prompt counts.
+page, "digest": of the texts, "at"}; the last vote for a prompt counts, as long as its texts are those voted on.
 
 The server listens on 127.0.0.1 only and refuses requests whose Host or Origin is another site's (DNS rebinding,
 cross-site requests); whoever can run programs on this machine can still vote.
@@ -74,6 +74,12 @@ def _template() -> Any:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
+def _digest(answered: Answered) -> str:
+    """Names the texts that a vote is about."""
+    texts = [answered.prompt, *sorted(answered.answers.items())]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
 class Votes:
     """What people say of the answers in a directory. Raises BadFile where they are of one model, or damaged."""
 
@@ -83,7 +89,11 @@ class Votes:
         if len(self.names) != 2:
             what = "holds the answers of one model, of which none is better; give generate --against too."
             raise BadFile(Path(directory) / ANSWERS, what)
-        self.numbers = {answered.number for answered in self.answers}
+        if taken := set(self.names) & {"tie", "bad"}:
+            raise BadFile(
+                Path(directory) / ANSWERS, f"calls a model {taken.pop()!r}, which is a vote; rename it."
+            )
+        self.digests = {answered.number: _digest(answered) for answered in self.answers}
         self.last()
 
     def last(self) -> dict[int, str]:
@@ -91,22 +101,23 @@ class Votes:
         votes = {}
         for record in read_lines(self.file):
             number, vote = record.get("number"), record.get("vote")
-            if (
-                type(number) is not int
-                or number not in self.numbers
-                or vote not in (*self.names, "tie", "bad")
-            ):
+            known = type(number) is int and number in self.digests
+            if not known or vote not in (*self.names, "tie", "bad"):
                 raise BadFile(
                     self.file, f"holds a vote that is not about these answers ({number!r}: {vote!r})."
                 )
-            votes[number] = vote
+            if record.get("digest") == self.digests[number]:  # else it is about other texts
+                votes[number] = vote
         return votes
 
     def add(self, number: int, choice: str) -> None:
         """Keep a vote for what the page shows first, second, neither."""
         order = shown(number, list(self.names), self.seed)
         vote = dict(zip(CHOICES, order, strict=False)).get(choice, choice)
-        append_line(self.file, {"number": number, "vote": vote, "shown": order, "at": now()})
+        digest = self.digests[number]
+        append_line(
+            self.file, {"number": number, "vote": vote, "shown": order, "digest": digest, "at": now()}
+        )
 
     def page(self) -> str:
         """The page to vote on, with the votes so far."""
@@ -122,7 +133,7 @@ class Votes:
         count = Counter(self.last().values())
         first, second = self.names
         rate = win_rate(count[first], count[second], count["tie"] + count["bad"])
-        return {**rate, "bad": count["bad"], "of": len(self.numbers)}
+        return {**rate, "bad": count["bad"], "of": len(self.digests)}
 
     def told(self) -> str:
         """The tally in words."""
@@ -188,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             vote = json.loads(self.rfile.read(int(length)))
             number, choice = vote["number"], vote["vote"]
-            known = type(number) is int and number in self.server.votes.numbers and choice in CHOICES
+            known = type(number) is int and number in self.server.votes.digests and choice in CHOICES
         except (ValueError, TypeError, KeyError, RecursionError):
             known = False
         if not known:

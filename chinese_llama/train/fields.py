@@ -50,6 +50,7 @@ NOT_TAKEN = {
     "resume_from_checkpoint": "the same command goes on by itself",
     "eval_strategy": "give eval_text or eval_split; they are measured every eval_steps",
     "do_eval": "give eval_text or eval_split; they are measured every eval_steps",
+    "hub_token": "a key does not belong into settings, which are kept with the result",
     "push_to_hub": "upload the finished directory instead",
 }
 LEAST = {  # of TrainingArguments' numbers, where less makes no sense

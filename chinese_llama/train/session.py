@@ -20,7 +20,16 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
-from chinese_llama.artifacts import Manifest, identity, input_record, read_manifest, sha256_file, stands
+from chinese_llama.artifacts import (
+    Asked,
+    Manifest,
+    identity,
+    input_record,
+    read_manifest,
+    sha256_file,
+    stands,
+    state_of,
+)
 from chinese_llama.data.mixture import names
 from chinese_llama.data.prepare import Job, Prepared, prepare, source_digest
 from chinese_llama.data.templates import stop_ids
@@ -39,7 +48,9 @@ from chinese_llama.train.evaluation import Evaluation, prepare_texts
 from chinese_llama.train.fields import NEUTRAL, Recipe, training_arguments
 from chinese_llama.train.jobs import named_sources, prepared_root
 from chinese_llama.train.saving import remember_start, save
-from chinese_llama.train.trainer import VocabularyTrainer, last_checkpoint
+from chinese_llama.train.trainer import VocabularyTrainer, last_checkpoint, sealed_checkpoint
+
+RECORD = "run.json"  # in the directory where a run works: what it is
 
 
 def run(recipe: Recipe[Any], job: Job) -> Manifest:
@@ -60,8 +71,10 @@ def run(recipe: Recipe[Any], job: Job) -> Manifest:
         with tempfile.TemporaryDirectory(dir=root, prefix=".dry-run-") as place:
             _run(recipe, job, adapters, manifest, Path(place))
         return manifest
+    if recipe.keep == "ask":
+        raise Asked(*_state(output, manifest))
     check_apart(output, manifest.places())
-    if recipe.keep and stands(output, manifest, fields.force, recipe.keep):
+    if recipe.keep and stands(output, manifest, fields.force):
         say(f"{recipe.name}: {output} stands; --force trains it again.")
         return read_manifest(output) or manifest
     check_output(output, fields.force)
@@ -145,23 +158,45 @@ def _tokenizer_digest(directory: Path) -> str:
     return found[0] if found else ""
 
 
+def _state(output: Path, manifest: Manifest) -> tuple[str, str]:
+    """As `state_of`; also "unfinished", with the name of the checkpoint that the run goes on from, and "blocked", where
+    another run was left unfinished."""
+    state, why = state_of(output, manifest)
+    checkpoint = sealed_checkpoint(directory := _run_place(output))
+    if state == "stands" or not checkpoint:
+        return state, why
+    with contextlib.suppress(OSError, ValueError):
+        then = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        if {**then, "processes": 0} == {**json.loads(_described(manifest)), "processes": 0}:
+            return "unfinished", checkpoint
+    return "blocked", f"{directory} holds an unfinished run with other inputs or settings"
+
+
+def _run_place(output: Path) -> Path:
+    return output.with_name(output.name + ".run")
+
+
+def _described(manifest: Manifest) -> str:
+    """What a run and its continuation have in common."""
+    what = {
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "inputs": {r: v["sha256"] for r, v in manifest.inputs.items()},
+        "settings": manifest.settings,
+    }
+    return json.dumps(what, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 @contextlib.contextmanager
 def _run_directory(output: Path, manifest: Manifest, force: bool) -> Iterator[Path]:
     """`<output>.run`, new or of the same run, for this process alone; without a checkpoint it does not outlive a
     failure. Another run that was left there is removed if it has no checkpoint or `force` says so; else raises
     UserError."""
-    directory = output.with_name(output.name + ".run")
+    directory = _run_place(output)
     if not _is_first_process():
         yield directory
         return
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    what = {
-        "processes": processes,
-        "inputs": {r: v["sha256"] for r, v in manifest.inputs.items()},
-        "settings": manifest.settings,
-    }
-    text = json.dumps(what, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    record = directory / "run.json"
+    text = _described(manifest)
+    record = directory / RECORD
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -260,8 +260,15 @@ def whole(checkpoint: Path) -> bool:
         return False
 
 
+def sealed_checkpoint(directory: Path) -> str:
+    """The name of the newest checkpoint that was sealed, or ''. Nothing is read or changed: a run may be at work."""
+    found = [file.parent.name for file in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{FILES}")]
+    return max(found, key=lambda name: int(name.rpartition("-")[2]), default="")
+
+
 def last_checkpoint(directory: Path) -> str | None:
-    """The newest whole checkpoint; newer ones that a kill cut, or that were damaged, are moved aside."""
+    """The newest whole checkpoint; newer ones that a kill cut, or that were damaged, are moved aside (so the directory
+    has to be this process's alone)."""
     while directory.is_dir() and (found := get_last_checkpoint(str(directory))):
         if whole(Path(found)):
             return found

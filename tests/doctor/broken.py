@@ -71,11 +71,11 @@ def sharded(source: Path, place: Path) -> Path:
 
 
 def checks(findings: Iterable[Finding]) -> dict[str, str]:
-    """Severity by check; every finding says what to do, or is a note, and shows no traceback."""
+    """Severity by check; every finding shows what it saw and says what to do, or is a note; none is a traceback."""
     found = list(findings)
     for finding in found:
         assert finding.what.endswith((".", ")")) or ":" in finding.what, finding
-        assert finding.remedy or finding.severity == "note", finding
+        assert (finding.remedy and finding.evidence) or finding.severity == "note", finding
         assert finding.check != "not-examined", finding
     return {finding.check: finding.severity for finding in found}
 

@@ -136,6 +136,25 @@ def test_a_vote_goes_to_the_model_that_was_shown_there_and_the_last_counts(tmp_p
     assert Page(votes.page()).attributes.count(("data-vote", "tie")) == 1 + 5  # the vote, the buttons
 
 
+def test_a_vote_on_a_text_that_was_changed_counts_no_more(tmp_path: Path) -> None:
+    votes = Votes(write(tmp_path))
+    for number in (1, 2):
+        votes.add(number, "first")
+    file = tmp_path / ANSWERS
+    lines = file.read_text(encoding="utf-8").splitlines()
+    first = json.loads(lines[0])
+    first["answers"]["B"] += "!"
+    file.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n", encoding="utf-8")
+    assert set(Votes(tmp_path).last()) == {2}
+
+
+def test_a_model_that_is_called_like_a_vote_is_refused(tmp_path: Path) -> None:
+    record = {"number": 1, "prompt": "?", "answers": {"A": "x", "tie": "y"}}
+    (tmp_path / ANSWERS).write_text(json.dumps(record) + "\n")
+    with pytest.raises(BadFile, match="calls a model 'tie', which is a vote"):
+        Votes(tmp_path)
+
+
 def test_no_votes_are_no_rate(tmp_path: Path) -> None:
     assert Votes(write(tmp_path)).told() == "0 of 5 prompts voted on."
 

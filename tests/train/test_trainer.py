@@ -10,10 +10,19 @@ from typing import Any
 import pytest
 import torch
 
+from chinese_llama.artifacts import Manifest
 from chinese_llama.model.load import load_model
 from chinese_llama.model.lora import add_lora, lora_config
+from chinese_llama.train import session
 from chinese_llama.train.fields import PretrainingFields
-from chinese_llama.train.trainer import Watch, last_checkpoint, parameter_groups, seal, whole
+from chinese_llama.train.trainer import (
+    Watch,
+    last_checkpoint,
+    parameter_groups,
+    seal,
+    sealed_checkpoint,
+    whole,
+)
 
 ARGUMENTS = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1)
 
@@ -111,3 +120,31 @@ def test_broken_checkpoints_are_passed_over_and_kept_aside(
     assert capsys.readouterr().err.count("is not whole; it is passed over") == 2
     assert (tmp_path / "broken-checkpoint-15").is_dir()
     assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_the_newest_sealed_checkpoint_is_named_and_nothing_is_touched(tmp_path: Path) -> None:
+    assert sealed_checkpoint(tmp_path / "nowhere") == ""
+    for number in (5, 20, 100):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    for number in (5, 20):
+        seal(tmp_path / f"checkpoint-{number}")
+    before = sorted(tmp_path.rglob("*"))
+    assert sealed_checkpoint(tmp_path) == "checkpoint-20", "100 is being written"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_was_left_unfinished_is_told_apart(tmp_path: Path) -> None:
+    mine, other = (Manifest("adapter", "pt_lora", settings={"lora_r": rank}) for rank in (4, 8))
+    output, run = tmp_path / "plus", tmp_path / "plus.run"
+    assert session._state(output, mine) == ("missing", "")
+    (run / "checkpoint-7").mkdir(parents=True)
+    (run / session.RECORD).write_text(session._described(mine))
+    assert session._state(output, mine) == ("missing", ""), "the checkpoint is not whole"
+    seal(run / "checkpoint-7")
+    assert session._state(output, mine) == ("unfinished", "checkpoint-7")
+    assert session._state(output, other) == (
+        "blocked",
+        f"{run} holds an unfinished run with other inputs or settings",
+    )
+    (run / session.RECORD).write_text("{")
+    assert session._state(output, mine)[0] == "blocked"

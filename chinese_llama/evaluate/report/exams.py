@@ -20,6 +20,7 @@ from chinese_llama.evaluate.report.values import (
     shares,
 )
 from chinese_llama.evaluate.report.view import Stage, View
+from chinese_llama.evaluate.wins import wilson
 
 NAMES = {"ceval": "C-Eval", "cmmlu": "CMMLU"}
 CHANCE = 0.25  # four options
@@ -45,9 +46,13 @@ def title(name: str) -> str:
 
 
 def accuracy(told: Any) -> Measure | None:
-    """Accuracy with 1.96 standard errors on either side, within 0 to 1."""
+    """Accuracy with its 95 % interval: Wilson's where it is that of so many `questions` of one subject (they may all be
+    right), else 1.96 standard errors on either side, within 0 to 1."""
     figures = mapping(told)
     found, error = number(figures.get("accuracy")), number(figures.get("stderr"))
+    asked = round(number(figures.get("questions")) or 0)
+    if found is not None and 0 <= found <= 1 and asked > 0 and "category" in figures:
+        return Measure(found, *wilson(round(found * asked), asked))
     if found is None or error is None or error < 0:
         return None if found is None else Measure(found)
     return Measure(found, max(0.0, found - 1.96 * error), min(1.0, found + 1.96 * error))

@@ -39,12 +39,6 @@ def vocabulary(view: View) -> Section | None:
     blocks: list[Block] = [sentence] if (sentence := _sizes(told)) else []
     if rows:
         blocks.append(_script_evidence(rows))
-    lengths = mapping(told.get("tokens_per_character"))
-    known = [
-        f"{one_line(name)} {fixed(number(value), 3)}" for name, value in lengths.items() if number(value)
-    ]
-    if known:
-        blocks.append(f"Tokens per character: {', '.join(known)}.")
     if rows and one_line(told.get("measured_on")):
         blocks.append(f"Measured on: {one_line(told['measured_on'])}.")
     return Section("Vocabulary", [*blocks, Terms([TOKENS])]) if blocks else None
@@ -60,13 +54,9 @@ def _sizes(told: dict[str, Any]) -> str:
 
 
 def _scripts(told: dict[str, Any]) -> list[tuple[str, float | None, float | None, str]]:
-    """(script, tokens per character under the base, under the new vocabulary, characters); from the dict of a
-    vocabulary report, or from a list of its items with their names."""
-    given = told.get("scripts")
-    pairs = list(mapping(given).items())
-    pairs += [(one_line(item.get("script") or item.get("name")), item) for item in records(given)]
+    """(script, tokens per character under the base, under the new vocabulary, characters)."""
     found = []
-    for script, value in pairs:
+    for script, value in mapping(told.get("scripts")).items():
         item = mapping(value)
         characters = number(item.get("characters"))
         base, new = number(item.get("base_tokens")), number(item.get("tokens"))

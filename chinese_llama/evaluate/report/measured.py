@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from chinese_llama.evaluate.compare import FEW
 from chinese_llama.evaluate.report.blocks import Block, Cell, Evidence, Plot, Section, Table, Terms
 from chinese_llama.evaluate.report.dots import Axis, Mark, Row, dots, span
 from chinese_llama.evaluate.report.values import (
@@ -137,7 +138,9 @@ def _extent(view: View, text: str) -> str:
     said = [f"{count(figures[key])} {key}" for key in ("documents", "characters") if count(figures.get(key))]
     if count(figures.get("window")):
         said.append(f"windows of {count(figures['window'])} tokens")
-    return f"Measured on {', '.join(said)}." if said else ""
+    few = 0 < (number(figures.get("documents")) or 0) < FEW
+    hint = f" With fewer than {FEW} documents, intervals are narrower than they should be." if few else ""
+    return f"Measured on {', '.join(said)}.{hint}" if said else ""
 
 
 def _bytes(view: View) -> Table:

@@ -155,14 +155,13 @@ def _chinese(view: View) -> Card | None:
 
 
 def _tokens(view: View) -> Card | None:
-    told = mapping(mapping(view.told.get("vocabulary")).get("tokens_per_character"))
-    first, last = number(told.get("base")), number(told.get("extended"))
-    pair = _pair(view)
-    if (first is None or last is None) and pair and view.chinese:
-        first, last = (stage.tokens_per_character(view.chinese) for stage in pair)
-    if first is None or last is None or not first or not last:
+    pair, text = _pair(view), view.chinese
+    if not pair or not text:
         return None
-    unit = "tokens per Chinese character"
+    first, last = (stage.tokens_per_character(text) for stage in pair)
+    if not first or not last:
+        return None
+    unit = f"tokens per character, {text_label(text)}"
     line = (
         f"The same text takes {share(1 - last / first)} fewer tokens."
         if last < first

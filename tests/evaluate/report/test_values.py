@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chinese_llama.evaluate.report import values
+from chinese_llama.evaluate.report.exams import accuracy
+from chinese_llama.evaluate.report.twin import markdown
 from chinese_llama.evaluate.report.values import Measure
+from tests.evaluate.report.adaptations import whole
 
 
 @pytest.mark.parametrize(
@@ -109,3 +112,20 @@ def test_languages() -> None:
 def test_axis_numbers_are_short() -> None:
     assert [values.brief(x) for x in (0.5, 12, 1500, 2e7, -3e9)] == ["0.5", "12", "1.5k", "20M", "−3G"]
     assert values.brief(2.5e15) == "2.5e+15"
+
+
+def test_all_right_in_a_subject_is_not_certainty() -> None:
+    """Wilson for a subject, whose questions are few; standard errors for averages over subjects."""
+    subject = accuracy({"accuracy": 1.0, "stderr": 0.0, "questions": 12, "category": "STEM"})
+    assert subject is not None and subject.low == pytest.approx(0.757, abs=1e-3) and subject.high == 1.0
+    average = accuracy({"accuracy": 0.5, "stderr": 0.01, "questions": 1000})
+    assert average is not None and average.low == pytest.approx(0.4804)
+
+
+def test_few_documents_are_said_to_be_few() -> None:
+    for documents, said in ((6, True), (100, False)):
+        told = whole()
+        for stage in told["stages"]:
+            for figures in stage["texts"].values():
+                figures["documents"] = documents
+        assert ("intervals are narrower than they should be" in markdown(told)) is said
