@@ -39,7 +39,10 @@ def adapt(
     Stages: train_vocab, extend_vocab, extend_model, control, pt_lora, sft_lora, merge, eval. What stands is kept; what
     was stopped goes on. Exit code 1 if the result breaks a limit of eval.max_regression.
     """
-    found = workspace.Workspace(file) if file else workspace.required("adapt", "FILE")
+    if file:
+        found = workspace.Workspace(file / workspace.FILE if file.is_dir() else file)
+    else:
+        found = workspace.required("adapt", "FILE")
     if dry_run:
         from chinese_llama.adapt.run import planned
 

@@ -6,6 +6,7 @@ Every error of these kinds ends a command with exit code 2 and no traceback (`--
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -41,6 +42,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: names and values come from files of others."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
 def report(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Run `main(argv)` and return its exit code, telling errors of this module in one sentence.
 
@@ -52,7 +58,11 @@ def report(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"Error: {error}" if not isinstance(error, Interrupted) else error, file=sys.stderr)
+        told = str(error) if isinstance(error, Interrupted) else f"Error: {error}"
+        if (
+            not isinstance(error, Interrupted) or os.environ.get("RANK", "0") == "0"
+        ):  # else each process says it
+            print(printable(told), file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 2
     except OSError as error:
         if debug or error.strerror is None:

@@ -129,7 +129,9 @@ class Workspace:
         """A list of adapters, or text with commas between them."""
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list) or not all(isinstance(item, str) and item.strip() for item in items):
-            raise UserError(f"{self.file}: {where}: {value!r}: write a list of adapters, such as [plus, alpaca].")
+            raise UserError(
+                f"{self.file}: {where}: {value!r}: write a list of adapters, such as [plus, alpaca]."
+            )
         return [item.strip() for item in items]
 
     @classmethod
@@ -159,9 +161,9 @@ class Workspace:
         return str(self.path(name)) if name not in self.adapters() and self.path(name).is_dir() else name
 
     def adapter_place(self, value: str) -> str:
-        """Where the adapter of such an item lies; of what is no name of this workspace's, the item itself."""
-        name, _, place = self.item(value).partition("=")
-        return place or self.adapters().get(name, name)
+        """The path where the adapter of such an item would lie, if it is one of this workspace's."""
+        name, _, place = value.partition("=")
+        return str(self.path(place or self.adapters().get(name, name)))
 
     def paths(self, value: Any) -> Any:
         """Whole paths in a path, a list of paths, or a list of {path, weight}."""

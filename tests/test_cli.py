@@ -165,14 +165,16 @@ def test_debug_shows_the_traceback(run: Run, tmp_path: Path) -> None:
     assert "BadFile: empty.txt: holds no text" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_leaves_nothing_and_is_told(number: int, tmp_path: Path) -> None:
     han = "".join(map(chr, range(0x4E00, 0x4E00 + 300)))
     tiny.write_texts(tmp_path / "zh.jsonl", [han[i % 250 :] for i in range(30_000)])
     argv = ["-m", "chinese_llama", "train-vocab", "--corpus", "zh.jsonl", "--output", "out"]
 
-    def listen() -> None:  # tests that run in the background of a shell inherit that Ctrl-C is ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def listen() -> (
+        None
+    ):  # tests that run in the background of a shell, or under nohup, inherit what is ignored
+        signal.signal(number, signal.SIG_DFL)
 
     with subprocess.Popen(
         [sys.executable, *argv], cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen

@@ -136,7 +136,7 @@ def test_exams_and_wikitext_without_texts(run: Run, tmp_path: Path, texts: list[
     argv = ["eval", "--model", long, "--choices", f"ceval={exam}", "--shots", "1", "--wikitext", "en.jsonl"]
     code, out, err = run(*argv, "--json", "f.json")
     assert code == 0, err
-    assert "ceval, 1-shot, 5 questions" in out and "right, average over subjects" in out
+    assert "ceval, 1-shot, 5 questions: % right" in out and "Humanities" in out
     (told,) = json.loads((tmp_path / "f.json").read_text())["models"]
     assert told["texts"] == {} and told["choices"][0]["shots"] == 1
     assert f"{told['wikitext']['byte_perplexity']:.3f} per byte" in out
@@ -146,7 +146,7 @@ def test_exams_and_wikitext_without_texts(run: Run, tmp_path: Path, texts: list[
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--window", "129"], "A window of 129 tokens is longer than the model's context of 128"),
+        (["--window", "129"], "base: A window of 129 tokens is longer than the model's context of 128"),
         (["--stride", "128"], "A stride of 128 does not fit windows of 128 tokens; give 1 to 127"),
         (["--stride", "0"], "A stride of 0"),
         (["--baseline", "none"], "none: no such directory; a model is wanted here"),

@@ -96,6 +96,16 @@ def test_a_workspace_without_base_says_what_to_add(tmp_path: Path) -> None:
         ({"train_vocab": {"vocab_size": "many"}}, r"chinese-llama\.yaml: train_vocab\.vocab_size: .*many"),
         ({"train_vocab": 3}, r"chinese-llama\.yaml: .*train_vocab"),
         ({"adapters": ["a"]}, r"chinese-llama\.yaml: .*adapters"),
+        ({"adapters": {"a": ["b"]}}, r"chinese-llama\.yaml: adapters\.a: \['b'\] is no path"),
+        ({"eval": {"text": {"zh": ["a"]}}}, r"chinese-llama\.yaml: eval\.text\.zh: \['a'\] is no path"),
+        ({"pt_lora": {"output_dir": 3}}, r"chinese-llama\.yaml: pt_lora\.output_dir: 3 is no path"),
+        ({"control": {"output_dir": 3}}, r"chinese-llama\.yaml: control\.output_dir: 3 is no path"),
+        ({"merge": {"loras": 3}}, r"chinese-llama\.yaml: merge\.loras: 3: write a list"),
+        ({"merge": {"loras": [None]}}, r"chinese-llama\.yaml: merge\.loras: \[None\]: write a list"),
+        (
+            {"sft_lora": {"adapters": {"a": "b"}}},
+            r"chinese-llama\.yaml: sft_lora\.adapters: .*: write a list",
+        ),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
@@ -112,6 +122,31 @@ def test_a_section_with_every_line_commented_out_means_its_defaults(tmp_path: Pa
 def test_one_adapter_need_not_be_a_list(tmp_path: Path) -> None:
     """As in a recipe's fields, where a single value stands for a list of one."""
     assert space(tmp_path, merge={"loras": "plus"}).settings.merge.loras == ["plus"]
+    assert space(tmp_path, merge={"loras": "plus, alpaca"}).settings.merge.loras == ["plus", "alpaca"]
+    assert space(tmp_path, sft_lora={"adapters": "plus"}).settings.sft_lora["adapters"] == ["plus"]
+
+
+def test_what_is_merged_is_what_the_tuning_builds_on_and_what_it_makes(tmp_path: Path) -> None:
+    for adapters, loras in (
+        (["plus"], ["plus", "alpaca"]),
+        ([], ["alpaca"]),
+        (["a", "b"], ["a", "b", "alpaca"]),
+    ):
+        made = space(tmp_path, sft_lora={"data": "i.jsonl", "adapters": adapters})
+        assert made.settings.merge.loras == loras
+
+
+def test_a_directory_in_a_list_of_adapters_is_relative_to_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "plus").mkdir()
+    monkeypatch.chdir("/")
+    made = space(tmp_path)
+    assert made.item("old") == made.adapter_place("old") == str(tmp_path / "old")
+    assert made.item("x=old") == f"x={tmp_path / 'old'}"
+    assert made.item("plus") == "plus" and made.adapter_place("plus") == str(tmp_path / "work/plus")
+    assert made.item("chinese-alpaca-7b") == "chinese-alpaca-7b"
 
 
 def test_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:

@@ -56,10 +56,8 @@ def limits(space: Workspace, known: Iterable[str]) -> None:
         if not 0 <= limit < math.inf:
             raise UserError(f"{where}: {name}: {limit} is no share of 0 or more; 0.02 is 2 %.")
         if name not in known:
-            measured = ", ".join(known) or "none (eval.text names some)"
-            raise UserError(
-                f"{where}: no text is named {name!r}{nearest(name, known)}; measured are {measured}."
-            )
+            what = f"measured are {', '.join(known)}" if known else "none is measured: add eval.text"
+            raise UserError(f"{where}: no text is named {name!r}{nearest(name, known)}; {what}.")
 
 
 def _base(space: Workspace) -> Subject:
@@ -129,6 +127,19 @@ def _adapters(space: Workspace, found: list[Stage]) -> None:
             if name in TAKEN or called.count(name) > 1:
                 why = "is there twice" if called.count(name) > 1 else "is the name of another model"
                 raise UserError(f"{space.file}: {where}: {name!r} {why}; write NAME=DIRECTORY.")
+    _order(space, found)
+
+
+def _order(space: Workspace, found: list[Stage]) -> None:
+    """What the tuning builds on is merged before it."""
+    tuned = [str(stage.output) for stage in found if stage.name == "sft_lora"]
+    merged = [space.adapter_place(item) for item in space.settings.merge.loras]
+    for item in space.settings.sft_lora["adapters"] if tuned and tuned[0] in merged else ():
+        if space.adapter_place(item) not in merged[: merged.index(tuned[0])]:
+            raise UserError(
+                f"{space.file}: merge.loras: sft_lora trains on {item} (sft_lora.adapters), so {item} is to be merged "
+                "before what it makes."
+            )
 
 
 def _eval(space: Workspace, base: Subject) -> None:
@@ -149,9 +160,9 @@ def _eval(space: Workspace, base: Subject) -> None:
         next(documents(space.path(file)))
     limits(space, section.text or _held_out(space))
     if section.prompts:
-        prompts = read_prompts(file := space.path(section.prompts))
+        prompts = read_prompts(questions := space.path(section.prompts))
         if base.context and base.tokenizer:
-            check_room(load_tokenizer(base.tokenizer), base.context, prompts, file)
+            check_room(load_tokenizer(base.tokenizer), base.context, prompts, questions)
     for exam, place in exams(space).items():
         choices.check_choices(exam, place, section.shots)
     if section.wikitext:

@@ -84,7 +84,12 @@ def _converted(space: Workspace) -> dict[str, Any]:
         weights = [(source.weight or first) * more for source, more in zip(found, growth, strict=True)]
         wanted = epoch * sum(weights) / sum(source.weight or first for source in found)
         made["data"] = [
-            {"path": str(s.path), "weight": round(weight / sum(weights), 6), "files": s.files, "format": s.format}
+            {
+                "path": str(s.path),
+                "weight": round(weight / sum(weights), 6),
+                "files": s.files,
+                "format": s.format,
+            }
             for s, weight in zip(found, weights, strict=True)
         ]
         epochs = section.get("num_train_epochs", recipe("pt_lora", space).DEFAULTS.get("num_train_epochs", 1))

@@ -28,13 +28,15 @@ def recipe(name: str, space: Workspace | None = None) -> ModuleType:
     loaded = ModuleType(f"chinese_llama_recipe_{name}")
     loaded.__file__ = str(path)
     try:  # not as an import, which would leave a __pycache__ beside it
-        exec(compile(path.read_bytes(), path, "exec"), loaded.__dict__)
+        exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), loaded.__dict__)
         if isinstance(loaded.DEFAULTS, dict):
             return loaded
         what = "its DEFAULTS are no dict"
     except Exception as error:  # whatever the code in it raises
         what = f"{type(error).__name__}: {error}"
-    raise BadFile(path, f"does not load as a recipe ({what}); mend it, or remove it to use the one that comes along.")
+    raise BadFile(
+        path, f"does not load as a recipe ({what}); mend it, or remove it to use the one that comes along."
+    )
 
 
 def launch_file(space: Workspace) -> Path | None:
@@ -56,7 +58,7 @@ def train(space: Workspace, name: str, argv: Sequence[str]) -> None:
     Stopped (Ctrl-C, SIGTERM), it tells the recipe's processes, waits for their checkpoint and raises Interrupted.
     Raises UserError where the recipe fails; it has told why.
     """
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *_options(space)]
+    words = [sys.executable, "-m", "chinese_llama.adapt.accelerated", "--quiet", *_options(space)]
     words += [str(script(name, space)), "--workspace", str(space.file), *argv]
     # Ctrl-C in a terminal goes to a whole session: in another one, the launcher does not die before its children.
     # What it prints is no result of `adapt`: to stderr.

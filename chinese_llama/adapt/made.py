@@ -16,9 +16,9 @@ from chinese_llama.workspace import Workspace
 Told = dict[str, Any]
 
 
-def made_from(space: Workspace, manifest: Manifest) -> Told:
+def made_from(space: Workspace, found: list[Measured], manifest: Manifest) -> Told:
     """{"artifacts", "vocabulary", "curves", "settings"} of the stages that are there."""
-    places = _places(space)
+    places = _places(space, found)
     manifests = {name: read_manifest(place) for name, place in places.items()}
     return {
         "artifacts": _artifacts(places, manifests, manifest),

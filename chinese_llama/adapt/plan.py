@@ -11,11 +11,12 @@ from chinese_llama import stages
 from chinese_llama.adapt import control, launch
 from chinese_llama.adapt.packed import packed
 from chinese_llama.artifacts import Asked
-from chinese_llama.errors import UserError, nearest
+from chinese_llama.errors import DoesNotFit, UserError, nearest
 from chinese_llama.workspace import Workspace
 
 Make = Callable[[dict[str, Any], bool], Any]  # ({"keep": ...}, force)
-STANDS, MISSING, STALE, UNFINISHED, OPEN = "stands", "missing", "stale", "unfinished", "open"
+STANDS, MISSING, STALE = "stands", "missing", "stale"
+UNFINISHED, BLOCKED, OPEN = "unfinished", "blocked", "open"
 
 
 def _always() -> bool:
@@ -41,8 +42,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class State:
-    """Whether a stage's result stands, is missing, stale (and why), or unfinished (and where); open where that cannot
-    be told before data is packed."""
+    """Whether a stage's result stands, is missing, stale (and why), unfinished (and where), or blocked by another run
+    (and which); open where that depends on what is made first."""
 
     kind: str
     why: str = ""
@@ -53,7 +54,9 @@ def stages_of(space: Workspace) -> list[Stage]:
     s = space.settings
     found: list[Stage] = []
 
-    def add(name: str, output: Path, reads: Iterable[str], make: Make, askable: Callable[[], bool] = _always) -> None:
+    def add(
+        name: str, output: Path, reads: Iterable[str], make: Make, askable: Callable[[], bool] = _always
+    ) -> None:
         there = {stage.name for stage in found}
         found.append(Stage(name, output, tuple(r for r in reads if r in there), make, askable))
 
@@ -102,9 +105,13 @@ def _merged(space: Workspace, given: dict[str, Any], force: bool) -> Any:
     from chinese_llama.merging.stage import merged_model, planned
     from chinese_llama.merging.stream import Options, Work
 
-    if force:  # an output is to be replaced; a lineage is not to be overruled
+    if given.get("keep") != "ask":  # `force` is to replace an output here, not to overrule a lineage
         found, base, _, _ = planned(space, {})
-        Work(base, found.steps, Options())
+        try:
+            Work(base, found.steps, Options())
+        except DoesNotFit as error:
+            told = str(error).replace("--force merges", "chinese-llama merge --force merges")
+            raise DoesNotFit(told) from error
     return merged_model(space, {"resume": True, **given}, force)
 
 
@@ -137,26 +144,13 @@ def trained(space: Workspace, name: str, argv: Callable[[], list[str]] = list) -
 
 def state_of(stage: Stage) -> State:
     """Whether the result of a stage stands, now that those before it do. Raises UserError."""
-    state, why = MISSING, ""
-    if stage.occupied or stage.askable():
-        try:
-            stage.make({"keep": "ask"}, False)
-            raise AssertionError(f"{stage.name} did not answer")
-        except Asked as asked:
-            state, why = asked.state, asked.why
-    if state != STANDS and (checkpoint := _checkpoint(stage)):
-        return State(UNFINISHED, checkpoint)
-    return State(state, f"made {why}" if why else "")
-
-
-def _checkpoint(stage: Stage) -> str:
-    """The name of the checkpoint that a training goes on from, or ''."""
-    directory = stage.output.with_name(stage.output.name + ".run")
-    if not directory.is_dir():
-        return ""
-    from chinese_llama.train.trainer import last_checkpoint
-
-    return Path(last_checkpoint(directory) or "").name
+    if not stage.occupied and not stage.askable():
+        return State(MISSING)
+    try:
+        stage.make({"keep": "ask"}, False)
+    except Asked as asked:
+        return State(asked.state, f"made {asked.why}" if asked.state == STALE else asked.why)
+    raise AssertionError(f"{stage.name} did not answer")
 
 
 def states(found: list[Stage]) -> dict[str, State]:

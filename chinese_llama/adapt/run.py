@@ -6,6 +6,7 @@ from pathlib import Path
 
 from chinese_llama.adapt import check, plan
 from chinese_llama.adapt.plan import STANDS, Stage, State
+from chinese_llama.errors import UserError
 from chinese_llama.model.load import quiet_libraries
 from chinese_llama.progress import Stopwatch, say
 from chinese_llama.workspace import Workspace
@@ -55,6 +56,11 @@ def _run(stage: Stage, force: bool, title: str, space: Workspace) -> None:
     if state.kind == STANDS and not force:
         say(f"{title}: {shown} stands")
         return
+    if state.kind == plan.BLOCKED and not force:
+        raise UserError(
+            f"{stage.name}: {state.why}; give those back to finish it, or start anew: chinese-llama adapt --only "
+            f"{stage.name} --force."
+        )
     say(f"{title}: {shown}{_because(state, force)}")
     watch = Stopwatch()
     stage.make({"keep": True}, force or stage.occupied)

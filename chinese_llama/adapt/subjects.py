@@ -55,7 +55,9 @@ def texts(space: Workspace) -> dict[str, Path]:
 
 def exams(space: Workspace) -> dict[str, str]:
     """{exam: place} of the multiple choice that is asked for."""
-    return {exam: space.place(place) if place else place for exam, place in space.settings.eval.choices.items()}
+    return {
+        exam: space.place(place) if place else place for exam, place in space.settings.eval.choices.items()
+    }
 
 
 def request(space: Workspace, whole: bool, sets: dict[str, Path]) -> Request:

@@ -66,7 +66,7 @@ def _adapter(thing: Thing) -> Iterator[Finding]:
             "no-tensors",
             str(files[0]),
             f"The file holds no tensors ({files[0].stat().st_size:,} bytes): nothing of the training was saved.",
-            [],
+            listing(files[0]),
             "Take a checkpoint of the run; when you save, leave out a state_dict override, and let PEFT's "
             "save_pretrained pick the tensors once.",
         )
@@ -203,7 +203,10 @@ def _untrained(path: Path, found: Tensors, lora: dict[str, Measured]) -> Iterato
 
 
 def _side(key: str) -> str:
+    """ "B" for the half that begins as zero, "A" for the other; of an embedding PEFT begins with a zero A."""
     match = LORA.fullmatch(key.removeprefix(PREFIX))
+    if match and match[2]:
+        return {"A": "B", "B": "A"}[match[3]]
     return match[3] if match else ""
 
 

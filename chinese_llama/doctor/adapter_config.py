@@ -38,7 +38,9 @@ def check_config(path: Path) -> Generator[Finding, None, dict[str, Any]]:
     if config.get("peft_type") != "LORA":
         what = f"It is an adapter of type {config.get('peft_type')}; only LORA adapters can be merged."
         remedy = "Use it with PEFT as it is, or set peft_type to LORA if that is what it is."
-        yield Finding("error", "not-lora", str(file), what, _said(config, "peft_type"), remedy)
+        yield Finding(
+            "error", "not-lora", str(file), what, [f"peft_type: {config.get('peft_type')!r}"], remedy
+        )
         return config
     yield from _fields(file, config)
     yield from _trained_as(path, config)
@@ -49,7 +51,12 @@ def check_config(path: Path) -> Generator[Finding, None, dict[str, Any]]:
         if "cannot be merged" in said or "initialised with" in said:
             remedy = "Use it with PEFT as it is, or convert it to plain LoRA."
             yield Finding(
-                "warning", "not-mergeable", str(file), f"To be merged, {said}", _said(config, said), remedy
+                "warning",
+                "not-mergeable",
+                str(file),
+                f"To be merged, {said}",
+                _said(config, f"init_lora_weights {said}"),
+                remedy,
             )
         elif said != str(error) and "manifest" not in said:
             remedy = "Write the values that the adapter was trained with."
@@ -66,7 +73,8 @@ def check_config(path: Path) -> Generator[Finding, None, dict[str, Any]]:
 
 def _said(config: dict[str, Any], told: str) -> list[str]:
     """The fields that a sentence speaks of, as they are."""
-    return [f"{name}: {value!r}"[:200] for name, value in config.items() if re.search(rf"\b{name}\b", told)]
+    lines = [f"{name}: {value!r}"[:200] for name, value in config.items() if re.search(rf"\b{name}\b", told)]
+    return lines or ["adapter_config.json: " + ", ".join(map(str, config))[:200]]
 
 
 def _fields(file: Path, config: dict[str, Any]) -> Iterator[Finding]:
@@ -156,8 +164,9 @@ def check_against(path: Path, config: dict[str, Any], source: Readable) -> Itera
     lost = [name for name in _names(config.get("modules_to_save")) if not any(map(_ends(name), saved))]
     if lost:
         what = f"modules_to_save names {', '.join(lost)}, and the file has no such matrix: what was trained of it is lost."
+        lines = some(sorted(saved)) or ["the file holds LoRA pairs only"]
         remedy = "Take a checkpoint of the run that has it (pytorch_model.bin of the checkpoint), and save the adapter from that."
-        yield Finding("error", "saved-module-missing", file, what, some(sorted(saved)), remedy)
+        yield Finding("error", "saved-module-missing", file, what, lines, remedy)
     named = [*_names(config.get("modules_to_save")), "embed_tokens", "lm_head"]
     if config.get("trainable_token_indices") and not any(map(TOKENS.fullmatch, source)):
         what = "adapter_config.json lists trainable_token_indices, and the file has no rows for them."

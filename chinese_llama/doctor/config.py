@@ -84,7 +84,7 @@ def _beside(path: Path) -> Iterator[Finding]:
             "adapter-beside-weights",
             str(path / "adapter_config.json"),
             "An adapter lies beside the weights of a model, and transformers loads it together with them.",
-            [],
+            some(sorted(file.name for file in path.glob("adapter_*"))),
             "Move adapter_config.json and adapter_model.* to a directory of their own.",
         )
 
@@ -107,7 +107,7 @@ def _rotary(path: Path, config: dict[str, Any]) -> Iterator[Finding]:
             str(path / "config.json"),
             f"Models of {rows:,} rows are trained with rope_theta {wanted:,.0f}, and config.json says "
             f"{'nothing, which means 10,000' if theta is None else f'{theta:,.0f}'}.",
-            [],
+            _said(config, ["vocab_size", "rope_theta", "rope_parameters"]),
             f'Put "rope_theta": {wanted} into config.json, unless the model was trained otherwise.',
         )
     for name in ("rms_norm_eps", "max_position_embeddings"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from chinese_llama.data.formats import corpus_files
 from chinese_llama.doctor import raw
-from chinese_llama.doctor.finding import Finding, Severity, some
+from chinese_llama.doctor.finding import Finding, Severity, listing, some
 from chinese_llama.doctor.survey import (
     ENDLESS,
     LARGEST_LIST,
@@ -28,6 +28,10 @@ from chinese_llama.errors import BadFile
 CHINESE, FOREIGN = 0.5, 0.3  # shares of Han among the letters of Chinese text, and of text that is not
 HELD_OUT = re.compile(r"held.?out|eval|test|dev(?![a-z])|valid", re.IGNORECASE)
 NEVER = 2.0
+# what others call the fields that this toolkit reads
+QUESTION = ("instruction", "question", "query", "prompt", "问题", "input")
+ANSWER = ("answer", "response", "completion", "output", "reply", "回答", "target")
+TEXT = ("content", "body", "document", "article", "passage", "sentence")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ RULES = (
         "Remove them, or see whether the answer is in another field than the format's.", 0.001, 0.5,
     ),
     Rule(
+        "no-answer-field", "have no field with the answer (output); training stops at the first.",
+        "Write the answer into a field `output`, or leave them out: bad_records: skip in sft_lora.", 0.0, 0.0,
+    ),
+    Rule(
         "preference-pairs", "are preference pairs (chosen, rejected), which sft_lora cannot learn from.",
         "Write each with its chosen answer as the last turn.", 0.0, 0.5,
     ),
@@ -69,6 +77,10 @@ RULES = (
     ),
     Rule(
         "duplicates", "are there before, word for word: they are learnt by heart.", "Keep one of each.", 0.01,
+    ),
+    Rule(
+        "same-questions", "ask what another record asks, and answer otherwise.",
+        "Keep one of each, unless several answers are meant.", NEVER,
     ),
     Rule(
         "near-empty-documents", f"hold less than {SHORT} characters.",
@@ -149,7 +161,9 @@ def check_unknown(thing: Thing) -> Iterator[Finding]:
     if thing.path.suffix in (".csv", ".tsv"):
         what, remedy = (
             "is a table as text",
-            "pandas.read_csv(FILE).to_parquet(...) with fields instruction, output",
+            f"Write it as records: python -c \"import pandas; pandas.read_csv('{thing.path}', "
+            f"sep={',' if thing.path.suffix == '.csv' else chr(92) + 't'!r}).to_json('{thing.path.stem}.jsonl', "
+            "orient='records', lines=True, force_ascii=False)\"; the fields are instruction and output, or text.",
         )
     elif name:
         what, remedy = (
@@ -159,9 +173,13 @@ def check_unknown(thing: Thing) -> Iterator[Finding]:
     else:
         what = f"is {kind}" if kind else "is no file that this toolkit knows"
         remedy = "Data are .txt (a document a line), .jsonl, .json, .parquet, also .gz or .zst."
+        if start.startswith(b"GGUF"):
+            remedy = (
+                "Give the model's Hugging Face form (config.json, safetensors): GGUF is for llama.cpp to run."
+            )
     yield Finding(
         "error" if name else "warning", "wrong-extension" if name else "unknown-file", str(thing.path),
-        f"The file {what}: the toolkit does not read it.", [repr(line[:80])] if not kind else [], remedy,
+        f"The file {what}: the toolkit does not read it.", [repr(start[:40]) if kind else repr(line[:80])], remedy,
     )  # fmt: skip
 
 
@@ -175,7 +193,12 @@ def _file(file: Path) -> Iterator[Finding]:
     if kind := raw.other_content(file):
         remedy = "Give it the ending that it should have, and unpack it if need be."
         yield Finding(
-            "error", "wrong-extension", where, f"The content is {kind}, the name says otherwise.", [], remedy
+            "error",
+            "wrong-extension",
+            where,
+            f"The content is {kind}, the name says otherwise.",
+            [repr(start[:40])],
+            remedy,
         )
         return
     if file.suffix == ".parquet":
@@ -215,7 +238,7 @@ def _form(file: Path, text: str) -> Iterator[Finding]:
         yield Finding(
             "error", "json-too-large", where,
             f"The file is one JSON list of {file.stat().st_size / 1e9:.1f} GB, which has to be in memory whole.",
-            [], "Write a record a line (.jsonl): jq -c '.[]'.",
+            listing(file), "Write a record a line (.jsonl): jq -c '.[]'.",
         )  # fmt: skip
 
 
@@ -228,7 +251,7 @@ def _read(survey: Survey, file: Path, budget: int | None) -> list[Finding]:
             Finding(
                 "error", "unknown-format", str(file), "The records are neither documents nor conversations.",
                 [f"the first {error}"],
-                "Documents have a field `text`; conversations instruction and output, messages, or conversations.",
+                _renamed(file, error.names),
             )
         ]  # fmt: skip
     except (BadFile, OSError, UnicodeError) as error:
@@ -236,10 +259,32 @@ def _read(survey: Survey, file: Path, budget: int | None) -> list[Finding]:
     if survey.records == before:
         return [
             Finding(
-                "error", "file-empty", str(file), "The file holds no records.", [], "Get or make it again."
+                "error",
+                "file-empty",
+                str(file),
+                "The file holds no records.",
+                listing(file),
+                "Get or make it again.",
             )
         ]
     return []
+
+
+def _renamed(file: Path, names: set[str]) -> str:
+    """What to type, so that the records are in a known format."""
+    question, answer, text = (
+        next((name for name in known if name in names), None) for known in (QUESTION, ANSWER, TEXT)
+    )
+    if question and answer:
+        fields = f'instruction: ."{question}", output: ."{answer}"'
+    elif text:
+        fields = f'text: ."{text}"'
+    else:
+        return (
+            "Documents have a field `text`; conversations instruction and output, messages, or conversations."
+        )
+    each = ".[] | " if file.name.split(".")[1:2] == ["json"] else ""
+    return f"Rename the fields: jq -c '{each}{{{fields}}}' {file.name} > renamed.jsonl"
 
 
 def _unread(file: Path, error: Exception) -> Finding:
@@ -274,7 +319,7 @@ def _counted(survey: Survey) -> Iterator[Finding]:
             "Give documents (pt_lora) and conversations (sft_lora) in files of their own.",
         )  # fmt: skip
     forms = survey.traditional + survey.simplified
-    if forms and survey.traditional >= 0.05 * forms:
+    if survey.han >= FOREIGN * survey.letters and survey.traditional > 0.05 * forms:
         share = survey.traditional / forms
         yield Finding(
             "note", "traditional-characters", str(survey.path),
@@ -289,19 +334,21 @@ def _counted(survey: Survey) -> Iterator[Finding]:
 def _describe(thing: Thing, survey: Survey) -> None:
     """What the data are, in the thing's facts and title."""
     share = survey.han / max(1, survey.letters)
-    kinds = ", ".join(
-        "conversations" if kind not in ("documents", "prompts") else kind for kind in survey.kinds
-    )
+    named = ["conversations" if kind not in ("documents", "prompts") else kind for kind in survey.kinds]
+    kinds = ", ".join(dict.fromkeys(named))
     formats = [kind for kind in survey.kinds if kind not in ("documents", "prompts")]
     thing.facts |= {
         "formats": dict(survey.kinds), "records": survey.records, "characters": survey.characters,
         "han_among_letters": round(share, 4), "read_in_part": bool(survey.partly),
     }  # fmt: skip
-    named = f" ({', '.join(formats)})" if formats else ""
+    if not survey.kinds:
+        thing.title = "data: nothing that can be read"
+        return
+    which = f" ({', '.join(formats)})" if formats else ""
     part = ", read in part" if survey.partly else ""
     thing.title = (
-        f"data: {kinds or 'nothing that can be read'}{named}, {survey.records:,} records, "
-        f"{survey.characters:,} characters{part}, {share:.0%} of the letters Chinese"
+        f"data: {kinds}{which}, {survey.records:,} records, {survey.characters:,} characters{part}"
+        + (f", {share:.0%} of the letters Chinese" if survey.letters else "")
     )
 
 
@@ -332,10 +379,12 @@ def _overlap(one: Survey, two: Survey) -> Iterator[Finding]:
     if not common:
         return
     share = len(common) / len(small.asked)
+    measured = one.measures != two.measures
     yield Finding(
-        "error" if one.measures != two.measures else "warning", "data-overlap", str(small.path),
+        "error" if measured else "warning" if share >= 0.01 else "note", "data-overlap", str(small.path),
         f"{len(common):,} of its {len(small.asked):,} documents or questions ({share:.1%}) are in {large.path} too: "
-        "what is measured on them says nothing, once they are trained on.",
+        + ("what is measured on them says nothing, once they are trained on." if measured else
+           "they count twice; where one of the two is to measure with, it measures nothing."),
         some([f"{small.asked[key]}, and {large.asked[key]} of {large.path.name}" for key in common]),
         "Remove them from what is trained on; prepare and the recipes hold documents out by themselves (eval_split).",
     )  # fmt: skip

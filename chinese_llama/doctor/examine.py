@@ -14,10 +14,10 @@ import typer
 from chinese_llama import __version__
 from chinese_llama.data.mixture import sources
 from chinese_llama.doctor.data import check_data_together, check_unknown, look
-from chinese_llama.doctor.finding import Finding, guarded, some
+from chinese_llama.doctor.finding import Finding, guarded, listing, some
 from chinese_llama.doctor.survey import Survey
 from chinese_llama.doctor.things import Thing, recognise
-from chinese_llama.errors import UserError
+from chinese_llama.errors import UserError, printable
 from chinese_llama.hub import is_hub_id
 from chinese_llama.progress import say
 from chinese_llama.workspace import FILE, Workspace
@@ -148,7 +148,15 @@ def _stands_for(path: Path, findings: list[Finding]) -> Iterator[Thing]:
         what = f"{len(inside):,} things lie in the directory; the first {INSIDE} are looked at."
         remedy = "Give those that you mean: chinese-llama doctor PATH PATH ..."
         findings.append(Finding("note", "looked-at-in-part", str(path), what, some(inside[INSIDE:]), remedy))
-    yield from map(_recognised, map(Path, inside[:INSIDE]))
+    for place in inside[:INSIDE]:
+        yield _found(place, path)
+
+
+def _found(place: str, where: Path) -> Thing:
+    """What was not given, but found, so that its place among the others means nothing."""
+    thing = _recognised(Path(place))
+    thing.facts["found_in"] = str(where)
+    return thing
 
 
 def _workspace(file: Path, findings: list[Finding]) -> Iterator[Thing]:
@@ -164,7 +172,7 @@ def _workspace(file: Path, findings: list[Finding]) -> Iterator[Thing]:
                 "workspace-not-readable",
                 str(file),
                 f"The workspace cannot be read: {told}",
-                [],
+                listing(file),
                 "Correct it there; `chinese-llama init` in another directory writes one with every setting explained.",
             )
         )
@@ -180,7 +188,7 @@ def _workspace(file: Path, findings: list[Finding]) -> Iterator[Thing]:
         )  # fmt: skip
     for what, place in named:
         if Path(place).exists():
-            thing = _recognised(Path(place))
+            thing = _found(place, file)
             thing.facts |= {"measures": True} if what.startswith("eval") else {}
             yield thing
 
@@ -225,12 +233,15 @@ def text(report: Report) -> str:
     """The report for a terminal, coloured; who writes it elsewhere takes the colours out."""
     lines = []
     for thing in report.things:
-        lines += [typer.style(str(thing.path), bold=True), f"  {thing.title}{_reads(thing)}"]
+        lines += [
+            typer.style(printable(str(thing.path)), bold=True),
+            f"  {printable(thing.title)}{_reads(thing)}",
+        ]
     if report.order:
         lines += [
             "",
             typer.style(f"Merge, in this order{_first(report)}:", bold=True),
-            *(f"  {command}" for command in report.order),
+            *(f"  {printable(command)}" for command in report.order),
         ]
     for severity in SEVERITIES:
         found = [finding for finding in report.findings if finding.severity == severity]
@@ -263,9 +274,9 @@ def _alike(findings: list[Finding]) -> list[list[Finding]]:
 def _told(same: list[Finding]) -> list[str]:
     finding = same[0]
     head = typer.style(f"[{finding.check}]", fg=COLOURS[finding.severity])
-    lines = [f"  {head} {', '.join(one.where for one in same)}", f"    {finding.what}"]
-    lines += [f"      {line}" for line in finding.evidence]
-    return [*lines, f"    -> {finding.remedy}"] if finding.remedy else lines
+    lines = [f"    {finding.what}", *(f"      {line}" for line in finding.evidence)]
+    lines += [f"    -> {finding.remedy}"] if finding.remedy else []
+    return [f"  {head} {printable(', '.join(one.where for one in same))}", *map(printable, lines)]
 
 
 def _closing(report: Report) -> str:

@@ -203,13 +203,16 @@ def _verdict(
         what = f"It is the merge of {base.path} + {names}, as far as {len(sample)} samples of rows tell."
         yield Finding("note", "is-the-merge", where, what)
         return
-    for count in range(len(adapters) - 1, 0, -1):
-        part = list(_sample(source, found, loaded[:count], max(rows, source.meta(EMBED)[0][0])))
+    silent = any(adapter.manifest is None and adapter.published is None for adapter in adapters)
+    chosen = [list(range(count)) for count in range(len(adapters) - 1, 0, -1)]
+    for inside in [*chosen, *([number] for number in range(1, len(adapters)))]:
+        part = list(_sample(source, found, [loaded[i] for i in inside], max(rows, source.meta(EMBED)[0][0])))
         if part and all(one.near() for one in part if one.name not in (EMBED, HEAD)):
-            what = f"It holds {' + '.join(a.name for a in adapters[:count])} and not {' + '.join(a.name for a in adapters[count:])}."
-            yield Finding(
-                "warning", "merge-lacks-adapters", where, what, some([one.name for one in part]), remedy
-            )
+            outside = [adapter.name for i, adapter in enumerate(adapters) if i not in inside]
+            what = f"It holds {' + '.join(adapters[i].name for i in inside)} and not {' + '.join(outside)}."
+            lines = some(list(dict.fromkeys(one.name for one in part)))
+            severity: Severity = "note" if silent else "warning"  # nothing says that they go together
+            yield Finding(severity, "merge-lacks-adapters", where, what, lines, remedy)
             return
     times = [factor for factor in factors.values() if factor is not None]
     lines = [

@@ -13,6 +13,7 @@ from chinese_llama.convert.meta import MetaWeights
 from chinese_llama.directories import MANIFEST
 from chinese_llama.doctor.config import check_against, check_config
 from chinese_llama.doctor.finding import Finding, guarded, listing, some
+from chinese_llama.doctor.raw import json_object
 from chinese_llama.doctor.tensors import (
     VOCABULARY,
     Readable,
@@ -212,19 +213,41 @@ def _changed(file: Path, record: dict[str, Any]) -> str:
     return "" if same or sha256_file(file) == record["sha256"] else "another sha256"
 
 
+def added_to(place: Path) -> dict[str, int]:
+    """The tokens that added_tokens.json adds to a tokenizer.model; transformers reads it where there is no
+    tokenizer.json."""
+    if (place / "tokenizer.json").is_file():
+        return {}
+    known, listed = pieces_of(place), json_object(place / "added_tokens.json", [])
+    return {name: i for name, i in listed.items() if name not in known and isinstance(i, int)}
+
+
+def check_size(place: Path, rows: int, what: str, padded: int | None = None) -> None:
+    """Raise DoesNotFit where a tokenizer is not of so many rows (of `what`, that `padded` pieces are known to be on);
+    added tokens count."""
+    if not (added := added_to(place)):
+        check_tokenizer(place, rows, what, padded)
+        return
+    pieces = max(*pieces_of(place).values(), *added.values()) + 1
+    if pieces > rows or (pieces < rows and rows % 8):
+        raise DoesNotFit(
+            f"The tokenizer in {place} has {pieces:,} pieces with its added tokens, {what} {rows:,} rows."
+        )
+
+
 def check_pieces(path: Path, rows: int | None, what: str) -> Iterator[Finding]:
     """Whether the tokenizer beside the weights is of so many rows."""
     if rows is None or not any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         return
-    if (path / "added_tokens.json").is_file() and not (path / "tokenizer.json").is_file():
-        return  # transformers adds them; told as a trouble of the tokenizer
     manifest = manifest_of(path)
     padded = manifest.vocab_size if manifest and manifest.metrics.get("rows") == rows else None
     try:
-        check_tokenizer(path, rows, what, padded)
+        check_size(path, rows, what, padded)
     except DoesNotFit as error:
-        remedy = "Put the tokenizer there that the model was made with; grow the model with `chinese-llama extend-model` for a larger one."
+        remedy = f"Put the tokenizer there that {what} was trained with: fetch it from where {what} comes from, or look in the directory of its training"
+        remedy += "." if what == "the adapter" else "; or grow the model to it: chinese-llama extend-model."
         lines = [f"rows of {what}: {rows:,}", f"pieces of the tokenizer: {len(pieces_of(path)):,}"]
+        lines += [f"added_tokens.json adds: {', '.join(more)}"] if (more := added_to(path)) else []
         yield Finding("error", "rows-do-not-fit", str(path), str(error), lines, remedy)
     except UNREADABLE:
         return  # told as a trouble of the tokenizer

@@ -150,7 +150,9 @@ def guarded(work: Callable[[], Any], where: Path, found: list[Finding]) -> Any:
             remedy = (
                 "Write a value of the right type for the field that is named, as the model's source has it."
             )
-        found.append(Finding("error", check, str(where), what, [" ".join(told)[:300]], remedy))
+        found.append(
+            Finding("error", check, str(where), what, [" ".join(" ".join(told).split())[:300]], remedy)
+        )
         return None
 
 

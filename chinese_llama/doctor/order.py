@@ -78,11 +78,14 @@ def _rows(adapter: Adapter) -> int:
     return 0
 
 
-def given_order(adapters: list[Adapter], chains: list[Chain]) -> Iterator[Finding]:
+def given_order(given: Sequence[Path], chains: list[Chain]) -> Iterator[Finding]:
     """Whether the adapters were given in another order than they merge in; and whether nothing tells the order."""
-    given = [adapter.path for adapter in adapters]
     for chain in chains:
-        order = [adapter.path for adapter in chain.adapters]
+        silent = [one for one in chain.adapters if one.manifest is None and one.published is None]
+        firm = [
+            one for one in chain.adapters if one not in silent or _rows(one)
+        ]  # the others were put as given
+        order = [adapter.path for adapter in firm if adapter.path in given]
         as_given = [path for path in given if path in order]
         if order != as_given:
             lines = [f"given: {', '.join(map(str, as_given))}", f"order: {', '.join(map(str, order))}"]
@@ -92,7 +95,6 @@ def given_order(adapters: list[Adapter], chains: list[Chain]) -> Iterator[Findin
             what = "The adapters were given in the wrong order: they merge in another one."
             remedy = f"Merge them so: {command(chain)}"
             yield Finding("warning", "order-as-given", str(chain.place), what, lines, remedy)
-        silent = [str(a.path) for a in chain.adapters if a.manifest is None and a.published is None]
         if len(chain.adapters) > 1 and silent:
             what = "Nothing tells what these adapters were trained on; the order is a guess, by rows of vocabulary and as given."
             yield Finding(
@@ -100,7 +102,7 @@ def given_order(adapters: list[Adapter], chains: list[Chain]) -> Iterator[Findin
                 "order-unknown",
                 str(chain.place),
                 what,
-                silent,
+                [f"{one.path}: {_rows(one) or 'no'} rows of vocabulary" for one in silent],
                 "Check it against how they were trained.",
             )
 

@@ -23,6 +23,7 @@ MAGIC = {
     b"PAR1": "Parquet (.parquet)",
     b"PK\x03\x04": "a ZIP archive (.zip, .xlsx, .docx)",
     b"%PDF": "PDF",
+    b"GGUF": "a GGUF model (llama.cpp's)",
 }
 COMMON = frozenset(
     "的一是不了在人有我他这個这个上们來来到时時大地为為子中你说說生国國年着就那和要她出也得里后後自以会會家可下而过過天去能对對小多然于於心学學么之都好看起发發当當没沒成只如事把还還用第样樣道想作"
@@ -36,7 +37,12 @@ def broken(file: Path) -> Finding | None:
             start = stream.read(200)
     except OSError as error:
         return Finding(
-            "error", "file-not-readable", str(file), f"The file cannot be read ({error.strerror})."
+            "error",
+            "file-not-readable",
+            str(file),
+            f"The file cannot be read ({error.strerror}).",
+            [str(error)],
+            "Give yourself the right to read it, or copy it again.",
         )
     if start.startswith(POINTER):
         return Finding(

@@ -29,12 +29,15 @@ PACKED = 4  # bytes of text in one of a .gz or .zst file
 PIECE = 1 << 20  # bytes of a piece of a large file
 BATCH = 1 << 20  # characters
 SHORT, LONG, ENDLESS = 10, 10_000, 1_000_000  # characters of a document, a conversation, anything
+KANA = (0x3040, 0x30FF)  # https://www.unicode.org/charts/PDF/U3040.pdf and U30A0.pdf
+JAPANESE = 0.2  # of the letters that are kana, in a text that is Japanese, Han or not
+ANSWERS = {"completion", "response", "answer", "output", "chosen"}
 FEW = 20  # letters that tell a language
 EXAMPLES = 5
 
 CONTROL = re.compile(
-    r"</?s>|<\|[a-z_]{2,30}\|>|\[/?INST\]|<</?SYS>>|<unk>|<pad>|\[PAD\]|<(?:start|end)_of_turn>"
-    r"|^### (?:Response|Instruction):",
+    r"</?s>|<[|｜][^<>|｜\s]{2,30}[|｜]>|\[/?INST\]|<</?SYS>>|<(?:unk|pad|bos|eos|sop|eop|eot)>|\[PAD\]|\[gMASK\]"
+    r"|<(?:start|end)_of_turn>|^### ?(?:Response|Instruction):",
     re.MULTILINE,
 )
 HTML = re.compile(
@@ -85,6 +88,7 @@ class Survey:
     seen: dict[int, str] = field(default_factory=dict)
     asked: dict[int, str] = field(default_factory=dict)
     partly: list[str] = field(default_factory=list)
+    _again: str | None = None
     _batch: list[tuple[str, str]] = field(default_factory=list)
     _size: int = 0
     _bytes: int = 0
@@ -155,7 +159,12 @@ class Survey:
         try:
             texts = self._texts(kind, place, record, file)
         except (Malformed, UserError) as error:
-            self.hit("malformed-records", place, str(error).removeprefix(f"{file}: ")[:160])
+            lost = "it has no 'output'" in str(error)
+            self.hit(
+                "no-answer-field" if lost else "malformed-records",
+                place,
+                str(error).removeprefix(f"{file}: ")[:160],
+            )
             return kind
         text = "\n".join(texts)
         if text.strip():
@@ -165,6 +174,9 @@ class Survey:
     def _texts(self, kind: str, place: str, record: Any, file: Path) -> list[str]:
         """What people wrote in a record. Raises for a malformed one."""
         if kind in ("documents", "prompts"):
+            if kind == "prompts" and isinstance(record, dict) and "chosen" in record:
+                self.hit("preference-pairs", place, _shown(_plain(record)))
+                return []
             field = "text" if kind == "documents" else "prompt"
             text = (
                 record if isinstance(record, str) else record.get(field) if isinstance(record, dict) else None
@@ -191,19 +203,21 @@ class Survey:
         if not messages or not all(said["assistant"]):
             preference = isinstance(record, dict) and {"chosen", "rejected"} <= record.keys()
             self.hit(
-                "preference-pairs" if preference else "records-without-answer", place, _shown(str(record))
+                "preference-pairs" if preference else "records-without-answer", place, _shown(_plain(record))
             )
             return False
         if not all(said["user"]):
             self.hit("records-without-question", place, _shown(said["assistant"][0]))
             return False
-        self._ask(place, said["user"][0])
+        self._again = self._ask(place, said["user"][0])
         if any(one == two for one, two in zip(said["user"], said["assistant"], strict=False)):
             self.hit("answer-is-prompt", place, _shown(said["assistant"][0]))
         return True
 
-    def _ask(self, place: str, text: str) -> None:
-        self.asked.setdefault(hash("".join(text.split())), place)
+    def _ask(self, place: str, text: str) -> str | None:
+        """Remember what is asked at a place; where it was asked before, None if nowhere."""
+        first = self.asked.setdefault(hash("".join(text.split())), place)
+        return None if first == place else first
 
     def _look(self, kind: str, place: str, text: str) -> None:
         """Look for everything in the text of one record."""
@@ -212,6 +226,8 @@ class Survey:
         first = self.seen.setdefault(hash(text.strip()), place)
         if first != place:
             self.hit("duplicates", place, f"as {first}: {_shown(text)}")
+        elif self._again and kind not in ("documents", "prompts"):
+            self.hit("same-questions", place, f"as {self._again}: {_shown(text)}")
         if kind == "documents" and len(text.strip()) < SHORT:
             self.hit("near-empty-documents", place, _shown(text))
         if len(text) > ENDLESS:
@@ -226,7 +242,7 @@ class Survey:
 
     def _marks(self, place: str, text: str) -> None:
         """Characters and words that do not belong in a text."""
-        if ("<" in text or "[" in text or "### " in text) and (found := CONTROL.search(text)):
+        if ("<" in text or "[" in text or "###" in text) and (found := CONTROL.search(text)):
             self.hit("control-tokens", place, _around(text, found.start()))
         if ("<" in text or "&" in text) and (found := HTML.search(text)):
             self.hit("html", place, _around(text, found.start()))
@@ -252,11 +268,14 @@ class Survey:
         script = script_of(code)
         ends = numpy.cumsum([len(text) for _, text in self._batch])
         sums = {}
-        for name, chosen in (("han", script == HAN), ("letters", numpy.isin(script, (HAN, LATIN, OTHER)))):
+        kana = (code >= KANA[0]) & (code <= KANA[1])
+        letters = numpy.isin(script, (HAN, LATIN, OTHER))
+        for name, chosen in (("han", (script == HAN) & ~kana), ("kana", kana), ("letters", letters)):
             totals = numpy.concatenate([[0], numpy.cumsum(chosen)])[numpy.concatenate([[0], ends])]
             sums[name] = numpy.diff(totals)
-        for (place, text), han, letters in zip(self._batch, sums["han"], sums["letters"], strict=True):
-            if letters >= FEW and han < 0.3 * letters:
+        sums["han"][sums["kana"] > JAPANESE * sums["letters"]] = 0
+        for (place, text), han, count in zip(self._batch, sums["han"], sums["letters"], strict=True):
+            if count >= FEW and han < 0.3 * count:
                 self.hit("not-chinese", place, _shown(text))
         self.han += int(sums["han"].sum())
         self.letters += int(sums["letters"].sum())
@@ -280,13 +299,18 @@ def _kind(record: Any) -> str:
     try:
         return detected(record)
     except Malformed as error:
-        if isinstance(record, dict) and "prompt" in record:
+        names = set(record) if isinstance(record, dict) else set()
+        if "prompt" in names and ("rejected" in names or not names & ANSWERS):
             return "prompts"
-        raise UnknownFormat(str(error)) from None
+        raise UnknownFormat(str(error), names) from None
 
 
 class UnknownFormat(UserError):
-    """Records that are neither documents nor conversations."""
+    """Records that are neither documents nor conversations; `names`: their fields."""
+
+    def __init__(self, told: str, names: set[str]) -> None:
+        super().__init__(told)
+        self.names = names
 
 
 def _mojibake(text: str) -> int | None:
@@ -302,6 +326,10 @@ def _mojibake(text: str) -> int | None:
     part = text[:2000].encode("gbk", "ignore").decode("utf-8", "replace")
     back = sum(character in raw.COMMON for character in part)
     return found.start() if back > sum(character in raw.COMMON for character in text[:2000]) else None
+
+
+def _plain(record: Any) -> str:
+    return json.dumps(record, ensure_ascii=False, default=str)
 
 
 def _shown(text: str) -> str:

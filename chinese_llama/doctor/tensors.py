@@ -81,7 +81,7 @@ def unreadable(file: Path, error: Exception) -> Finding:
             "file-not-readable",
             str(file),
             f"The file cannot be read ({why}).",
-            [],
+            [str(problem)],
             "Give yourself the right to read it, or copy it again.",
         )
     evidence = [f"{size:,} bytes, beginning with {head[:24]!r}"]
@@ -205,7 +205,12 @@ def measure(
                 found[name].take(part)
             else:
                 lost[name] = Finding(
-                    "error", "file-not-readable", name, f"The tensor cannot be read: {part}", [], AGAIN
+                    "error",
+                    "file-not-readable",
+                    name,
+                    f"The tensor cannot be read: {part}",
+                    [str(part)],
+                    AGAIN,
                 )
     return {name: one for name, one in found.items() if name not in lost}, list(lost.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from chinese_llama.artifacts import identity
 from chinese_llama.convert.meta import open_model
 from chinese_llama.doctor.finding import Finding, guarded, listing, some
 from chinese_llama.doctor.merges import alike, check_merged, check_related
+from chinese_llama.doctor.model import added_to, check_size
 from chinese_llama.doctor.order import MODELS, Chain, chains_of, command, given_order, named_base
 from chinese_llama.doctor.tensors import FP16
 from chinese_llama.doctor.things import UNREADABLE, Thing, manifest_of
@@ -22,9 +24,10 @@ from chinese_llama.merging.fit import check_fit
 from chinese_llama.merging.lineage import check_base, check_lineage
 from chinese_llama.merging.merged import Loaded, Merged
 from chinese_llama.merging.stream import load_steps
-from chinese_llama.model.adapters import whole_rows
+from chinese_llama.model.adapters import Tensors, whole_rows
 from chinese_llama.model.shards import Model, blocks
 
+LAYER = re.compile(r"layers\.(\d+)\.")
 # what the sentences of lineage and fit are about -> the check, and what to do where they do not say it
 TOLD = (
     ("quantised", "quantised", "Give the model before it was quantised."),
@@ -59,7 +62,7 @@ def check_together(things: Sequence[Thing]) -> tuple[list[str], list[Finding]]:
         chain = Chain(members)
         findings += guarded(chain.place, _on_the_best(chain, models))
         chains.append(chain)
-    findings += given_order(adapters, chains)
+    findings += given_order([t.path for t in things if "found_in" not in t.facts], chains)
     for chain in chains:
         if chain.base:
             for other in models:
@@ -199,10 +202,27 @@ def _tried(adapters: list[Adapter], base: Thing) -> Chain:
             if told.check not in [finding.check for finding in chain.findings]:
                 chain.findings.append(told)
             return chain
+        for one in loaded:
+            for part in one.parts:
+                chain.findings += _layers(part, source, base)
         chain.findings += _named_otherwise(adapters[0], base, source)
         chain.findings += _overflow(source, loaded, base)
         chain.findings += _result(chain)
     return chain
+
+
+def _layers(tensors: Tensors, source: Model, base: Thing) -> Iterator[Finding]:
+    """Whether the adapter has nothing for whole layers of the base, without that being meant."""
+    config = tensors.adapter.config
+    meant = any(config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    named = isinstance(config.get("target_modules"), list) and not LAYER.search(str(config["target_modules"]))
+    here, there = ({m[1] for n in names if (m := LAYER.search(n))} for names in (tensors.pairs, source))
+    if named and not meant and here and (lost := sorted(there - here, key=int)):
+        place = tensors.adapter.path
+        what = f"The adapter {place} has tensors for {len(here)} of the {len(there)} layers of {base.path}: it is of a base with fewer layers, or not whole."
+        lines = [f"nothing for layer {', '.join(lost[:8])}{' ...' if len(lost) > 8 else ''}"]
+        remedy = "Give the base that it was trained on; or fetch the adapter again, and compare its size and sha256."
+        yield Finding("error", "adapter-of-another-base", str(place), what, lines, remedy)
 
 
 def _named_otherwise(adapter: Adapter, base: Thing, source: Model) -> Iterator[Finding]:
@@ -313,10 +333,10 @@ def _tokenizers(things: Sequence[Thing], chains: list[Chain]) -> Iterator[Findin
     for thing in [thing for thing in things if thing.kind == "tokenizer"]:
         place, refused = thing.path if thing.path.is_dir() else thing.path.parent, []
         with contextlib.suppress(*UNREADABLE):
-            pieces = max(pieces_of(place).values()) + 1
+            pieces = max(*pieces_of(place).values(), *added_to(place).values()) + 1
             for what, count in rows.items():
                 try:
-                    check_tokenizer(place, count, what)
+                    check_size(place, count, what)
                 except DoesNotFit:
                     refused.append(f"{what}: {count:,} rows")
             if rows and len(refused) == len(rows):

@@ -54,7 +54,8 @@ def check_tokenizer(thing: Thing) -> Iterator[Finding]:
     yield from found
     if opened.reader is None:
         return
-    thing.facts["pieces"] = len(opened.reader.pieces)
+    last = max((index for index, _ in opened.tokens().values()), default=-1)
+    thing.facts["pieces"] = max(len(opened.reader.pieces), last + 1)
     small = list(_small(opened))
     yield from small
     if small:
@@ -184,8 +185,8 @@ def _added(opened: Opened, vocabulary: dict[str, int]) -> Iterator[Finding]:
         if outside:
             yield Finding(
                 "warning", "added-tokens-outside-model", str(opened.place),
-                f"{len(outside):,} tokens of the Hugging Face files are not in tokenizer.model, and there is no "
-                "tokenizer.json with both: SentencePiece, and programs that read it, do not know them.",
+                f"Tokens of the Hugging Face files ({len(outside):,}) are not in tokenizer.model, and there is no "
+                "tokenizer.json with both: SentencePiece does not know them, and chinese-llama merge refuses them.",
                 some([f"{token!r}: id {tokens[token][0]}" for token in outside]),
                 "Save tokenizer.json beside it, with the tokens: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR).",
             )  # fmt: skip

@@ -30,16 +30,18 @@ def check_choices(exam: str, place: str | Path, shots: int) -> None:
 
 
 def multiple_choice(model: Any, tokenizer: Any, exam: str, place: str | Path, shots: int) -> dict[str, Any]:
-    """How many questions of "ceval" or "cmmlu" in `place` a model answers, after `shots` examples each.
+    """How many questions of "ceval" or "cmmlu" in `place` a model answers, after `shots` examples each: the first
+    of dev. Where they are too long for the model, the question is asked without the first of them.
 
     The answer is the letter, of A to D, that is most probable after the prompt that the exam's authors publish.
     Accuracies of categories, and the average, are means over subjects, as in both papers, whatever number of
     questions those have; standard errors hold for questions drawn at random, and are None where a subject has
     but one. Returns {"exam", "place", "shots", "questions", "average": {"accuracy", "stderr"},
     "categories": {name: {"accuracy", "stderr", "questions"}}, "subjects": {name: {"accuracy", "stderr",
-    "questions", "category"}}, "missing": subjects of the exam that are not in `place`, "source"}.
+    "questions", "category"}}, "shots_used": {name: least before a question}, "missing": subjects of the exam that
+    are not in `place`, "source"}.
 
-    Raises what `check_choices` raises, and UserError for a prompt that is longer than the model reads.
+    Raises what `check_choices` raises, and UserError for a question that is longer than the model reads.
     """
     check_harness()
     from chinese_llama.evaluate.harness import run
@@ -57,6 +59,8 @@ def multiple_choice(model: Any, tokenizer: Any, exam: str, place: str | Path, sh
         named = {split: [{"subject": name, **row} for row in rows] for split, rows in splits.items()}
         tasks[subject] = (_config(told, shots), named)
     results = run(model, tokenizer, tasks)
+    for subject in questions:
+        _say_fewer(subject, results[subject]["shots"], shots)
     subjects = {
         subject: {
             "accuracy": results[subject]["acc,none"],
@@ -74,6 +78,7 @@ def multiple_choice(model: Any, tokenizer: Any, exam: str, place: str | Path, sh
         "average": {name: average(subjects)[name] for name in ("accuracy", "stderr")},
         "categories": categories(told, subjects),
         "subjects": subjects,
+        "shots_used": {subject: min(results[subject]["shots"]) for subject in questions},
         "missing": missing,
         "source": _source(),
     }
@@ -82,6 +87,14 @@ def multiple_choice(model: Any, tokenizer: Any, exam: str, place: str | Path, sh
 def _config(exam: Exam, shots: int) -> dict[str, Any]:
     without = () if shots else ("fewshot_split", "fewshot_config")
     return {**{k: v for k, v in exam.task.items() if k not in without}, "num_fewshot": shots}
+
+
+def _say_fewer(subject: str, used: list[int], shots: int) -> None:
+    if fewer := sum(count < shots for count in used):
+        say(
+            f"{subject}: {fewer} of {len(used)} questions are asked after fewer than {shots} examples, {min(used)} at "
+            "least: more do not fit into the model's context."
+        )
 
 
 def _number(value: Any) -> float | None:
@@ -146,7 +159,7 @@ def wikitext(model: Any, tokenizer: Any, path: Path) -> dict[str, Any]:
     words, size = sum(map(Task.count_words, texts)), sum(map(Task.count_bytes, texts))
     return {
         "word_perplexity": math.exp(min(bits * math.log(2) * size / words, 700.0)),
-        "byte_perplexity": 2**bits,
+        "byte_perplexity": math.exp(min(bits * math.log(2), 700.0)),
         "bits_per_byte": bits,
         "documents": len(texts),
         "words": words,

@@ -14,6 +14,7 @@ import itertools
 import logging
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,18 +34,20 @@ Asked = tuple[list[int], list[int]]  # ids that stand before, ids whose probabil
 def run(
     model: Any, tokenizer: Any, tasks: dict[str, tuple[dict[str, Any], dict[str, list[dict[str, str]]]]]
 ) -> dict[str, dict[str, Any]]:
-    """The metrics of tasks, by name; a task is what the harness is told, and records by split.
+    """The metrics of tasks, by name; a task is what the harness is told, and records by split. With them, of
+    multiple choice, "shots": how many examples each question has before it.
 
     `evaluate` and not `simple_evaluate`, which would seed the program's random numbers. Raises UserError for a
-    prompt that is longer than the model reads, and for values that are not finite.
+    question that is longer than the model reads, and for values that are not finite.
     """
     loaded = Loaded(model, tokenizer)
     with _quiet():
         made = {name: _task(name, config, splits) for name, (config, splits) in tasks.items()}
+        loaded.tasks = made
         # One draw: the standard error of a mean is by formula then; of other metrics it would be by bootstrap.
         draws = int(any(config["output_type"] == "multiple_choice" for config, _ in tasks.values()))
         told = evaluator.evaluate(loaded, made, bootstrap_iters=draws, log_samples=False)
-    return told["results"]
+    return {name: {**told["results"][name], "shots": loaded.shots[name]} for name in made}
 
 
 def _task(name: str, config: dict[str, Any], splits: dict[str, list[dict[str, str]]]) -> ConfigurableTask:
@@ -76,7 +79,8 @@ def choice_ids(tokenizer: Any, context: str, choices: Sequence[str]) -> list[Ask
     """
     whole = [[tokenizer.bos_token_id, *ids] for ids in text_ids(tokenizer, [context + c for c in choices])]
     same = next(at for at, ids in enumerate(zip(*whole, strict=False)) if len(set(ids)) > 1)
-    return [(ids[:same], ids[same:]) for ids in whole]
+    before = whole[0][:same]
+    return [(before, ids[same:]) for ids in whole]
 
 
 @torch.no_grad()
@@ -121,14 +125,27 @@ def _batches(rows: list[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tu
         rows = rows[count:]
 
 
+def _with_last(task: ConfigurableTask, doc: dict[str, str], count: int) -> str:
+    """The prompt for a question after the last `count` of its examples."""
+    examples = task.sampler.df
+    task.sampler.replace_df(examples[len(examples) - count :])
+    try:
+        return str(task.fewshot_context(doc, count))
+    finally:
+        task.sampler.replace_df(examples)
+
+
 class Loaded(LM):
-    """A loaded model (or a PeftModel) and its tokenizer, as the harness asks it."""
+    """A loaded model (or a PeftModel) and its tokenizer, as the harness asks it about `tasks`. `shots`: how many
+    examples their questions had."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = BATCH_TOKENS) -> None:
         super().__init__()
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.limit: int | None = getattr(model.config, "max_position_embeddings", None)
         self.terminal = sys.stderr  # before the harness is made quiet
+        self.tasks: dict[str, ConfigurableTask] = {}
+        self.shots: dict[str, list[int]] = defaultdict(list)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """For each (prompt, choice): the choice's log-probability. No metric of ours asks whether the model would
@@ -137,8 +154,7 @@ class Loaded(LM):
         longest: dict[str, int] = {}
         for context, group in itertools.groupby(requests, key=lambda request: request.args[0]):
             same = list(group)
-            pairs = choice_ids(self.tokenizer, context, [request.args[1] for request in same])
-            length = max(len(before) + len(wanted) - 1 for before, wanted in pairs)
+            pairs, length = self._fitting(same[0], context, [request.args[1] for request in same])
             longest[same[0].task_name] = max(length, longest.get(same[0].task_name, 0))
             asked += pairs
         self._check_length(longest)
@@ -151,14 +167,28 @@ class Loaded(LM):
                 )
         return [(value, False) for value in found]
 
+    def _fitting(self, request: Any, context: str, choices: list[str]) -> tuple[list[Asked], int]:
+        """The ids of a prompt with each choice, and how many the model has to read. Where those are too many, the
+        prompt loses its examples one by one, the first one first."""
+        task = self.tasks.get(request.task_name)
+        shots = task.config.num_fewshot if task else 0
+        while True:
+            pairs = choice_ids(self.tokenizer, context, choices)
+            length = max(len(before) + len(wanted) - 1 for before, wanted in pairs)
+            if not (task and shots and self.limit and length > self.limit):
+                self.shots[request.task_name].append(shots)
+                return pairs, length
+            shots -= 1
+            context = _with_last(task, request.doc, shots)
+
     def _check_length(self, longest: dict[str, int]) -> None:
-        """Refuse what HFLM would cut: a prompt without its beginning is another."""
+        """Refuse what HFLM would cut: a question without its beginning is another."""
         long = {name: length for name, length in longest.items() if self.limit and length > self.limit}
         if long:
             worst = max(long, key=lambda name: long[name])
             raise UserError(
-                f"{worst}: a prompt is {long[worst]:,} tokens long, the model reads {self.limit:,}; give fewer "
-                f"examples (shots), or a directory without what is too long for it ({', '.join(sorted(long))})."
+                f"{worst}: a question is {long[worst]:,} tokens long without an example, the model reads {self.limit:,}; "
+                f"give a directory without what is too long for it ({', '.join(sorted(long))})."
             )
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,8 +38,15 @@ class Subject:
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model reads at once; None where config.json does not say."""
+        """Tokens that the model reads at once: what config.json says, else what transformers takes it for; None where
+        neither does."""
         found = read_object(self.directory / "config.json").get("max_position_embeddings")
+        if found is None:
+            from transformers import AutoConfig
+
+            with contextlib.suppress(Exception):  # loading the model tells what is wrong
+                known = AutoConfig.from_pretrained(str(self.directory), local_files_only=True)
+                found = getattr(known, "max_position_embeddings", None)
         return found if isinstance(found, int) else None
 
     def identity(self) -> str:

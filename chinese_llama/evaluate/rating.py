@@ -98,9 +98,10 @@ class Votes:
 
     def last(self) -> dict[int, str]:
         """{number: label, "tie" or "bad"}."""
-        votes = {}
+        votes: dict[int, str] = {}
         for record in read_lines(self.file):
-            number, vote = record.get("number"), record.get("vote")
+            number: Any = record.get("number")
+            vote = record.get("vote")
             known = type(number) is int and number in self.digests
             if not known or vote not in (*self.names, "tie", "bad"):
                 raise BadFile(

@@ -39,7 +39,10 @@ def check(subjects: Sequence[Subject], request: Request) -> dict[str, list[str]]
 
     for subject in subjects:
         check_subject(subject)
-        window_stride(window_length(subject.context, request.window), request.stride)
+        try:
+            window_stride(window_length(subject.context, request.window), request.stride)
+        except UserError as error:
+            raise UserError(f"{subject.name}: {error}") from error
     if request.choices or request.wikitext:
         from chinese_llama.evaluate import choices
 

@@ -78,10 +78,14 @@ def _request(space: Workspace | None, given: Given) -> tuple[Request, bool]:
         request.choices = {exam: space.place(place) for exam, place in ours.choices.items()}
         request.wikitext = space.path(ours.wikitext) if ours.wikitext else None
         if not (request.texts or request.choices or request.wikitext):
-            raise UserError(f"{space.file} names no texts; add eval.text, or give --text NAME=FILE.")
+            raise UserError(
+                f"{space.file} names no texts (what eval_split holds out is measured in training only); add eval.text, or "
+                "give --text NAME=FILE."
+            )
     else:
         request.texts = {
-            name: Path(file) for name, file in _pairs("--text", given.get("text", ()), "NAME=FILE")
+            name: Path(file).expanduser()
+            for name, file in _pairs("--text", given.get("text", ()), "NAME=FILE")
         }
         exams = [
             item if "=" in item else f"{item}={ours.choices.get(item, '')}"

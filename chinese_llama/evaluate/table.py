@@ -1,4 +1,4 @@
-"""What `eval` prints: a table for each text, models below each other, in at most 100 columns of ASCII."""
+"""What `eval` prints: a table for each text and exam, models below each other, in at most 100 columns."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chinese_llama.evaluate.compare import FEW, LEVEL
+from chinese_llama.evaluate.report.values import columns
 
 WIDTH = 16  # of a name
 COLUMNS = (  # title in two lines, width, key, form
@@ -15,6 +16,7 @@ COLUMNS = (  # title in two lines, width, key, form
     (("perplexity", "per token"), 11, "perplexity", ".2f"),
 )
 CHANGE = 25
+SHARE = 14  # of an exam's category
 
 
 def told(measured: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> str:
@@ -34,18 +36,15 @@ def told(measured: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any
 
 def _legend(measured: Sequence[dict[str, Any]]) -> str:
     """Which model a name that was cut stands for."""
-    lines = [
-        f"{_cut(m['name']):{WIDTH}} {m['model']}" + "".join(f" + {a}" for a in m["loras"]) for m in measured
-    ]
-    return (
-        "\n".join(lines) if any(m["name"] != m["model"] or len(m["name"]) > WIDTH for m in measured) else ""
-    )
+    lines = [f"{_name(m['name'])} {m['model']}" + "".join(f" + {a}" for a in m["loras"]) for m in measured]
+    cut = any(m["name"] != m["model"] or columns(m["name"]) > WIDTH for m in measured)
+    return "\n".join(lines) if cut else ""
 
 
 def _text(name: str, measured: Sequence[dict[str, Any]], compared: dict[str, Any]) -> str:
     first = measured[0]["texts"][name]
     lines = [
-        f"{name}: {first['documents']:,} documents, {first['characters']:,} characters, {first['bytes']:,} bytes"
+        f"{name}: {_count(first['documents'])}, {first['characters']:,} characters, {first['bytes']:,} bytes"
     ]
     for row in (0, 1):
         cells = "".join(f"{title[row]:>{width}}" for title, width, _, _ in COLUMNS)
@@ -55,10 +54,10 @@ def _text(name: str, measured: Sequence[dict[str, Any]], compared: dict[str, Any
         figures = model["texts"][name]
         cells = "".join(f"{_number(figures[key], form):>{width}}" for _, width, key, form in COLUMNS)
         change = _change(compared[model["name"]]) if model["name"] in compared else ""
-        lines.append(f"{_cut(model['name']):{WIDTH}}{cells}{change}".rstrip())
+        lines.append(f"{_name(model['name'])}{cells}{change}".rstrip())
     lines.append(_context(name, measured))
     if compared and first["documents"] < FEW:
-        lines.append(f"Only {first['documents']} documents: such an interval is narrower than it should be.")
+        lines.append(f"Only {_count(first['documents'])}: such an interval is narrower than it should be.")
     return "\n".join(lines)
 
 
@@ -88,13 +87,25 @@ def _number(value: float, form: str) -> str:
 
 
 def _choices(index: int, measured: Sequence[dict[str, Any]]) -> str:
+    """An exam: the average over subjects, and the categories."""
     first = measured[0]["choices"][index]
-    rows = []
+    titles = [("", "average"), *((" " + title).rsplit(" ", 1) for title in first["categories"])]
+    lines = [
+        f"{first['exam']}, {first['shots']}-shot, {first['questions']:,} questions: % right, standard error"
+    ]
+    for row in (0, 1):
+        head = "".join(f"{title[row]:>{SHARE}}" for title in titles).rstrip()
+        lines += [" " * WIDTH + head] if head else []
     for model in measured:
-        average = model["choices"][index]["average"]
-        error = f" +- {100 * average['stderr']:.1f}" if average["stderr"] is not None else ""
-        rows.append((model["name"], f"{100 * average['accuracy']:.1f} %{error} right, average over subjects"))
-    return _rows(f"{first['exam']}, {first['shots']}-shot, {first['questions']:,} questions", rows)
+        exam = model["choices"][index]
+        shares = [exam["average"], *exam["categories"].values()]
+        lines.append(_name(model["name"]) + "".join(f"{_share(share):>{SHARE}}" for share in shares))
+    return "\n".join(lines)
+
+
+def _share(share: dict[str, Any]) -> str:
+    error = f" +- {100 * share['stderr']:.1f}" if share["stderr"] is not None else ""
+    return f"{100 * share['accuracy']:.1f}{error}"
 
 
 def _speed(measured: Sequence[dict[str, Any]]) -> str:
@@ -118,9 +129,22 @@ def _speed(measured: Sequence[dict[str, Any]]) -> str:
 
 
 def _rows(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    return "\n".join([title, *(f"{_cut(name):{WIDTH}}  {said}" for name, said in rows)])
+    return "\n".join([title, *(f"{_name(name)}  {said}" for name, said in rows)])
+
+
+def _count(documents: int) -> str:
+    return f"{documents:,} document{'' if documents == 1 else 's'}"
 
 
 def _cut(name: str) -> str:
     """A name that fits its column: the end of a path tells more than its beginning."""
-    return name if len(name) <= WIDTH else f"..{name[2 - WIDTH :]}"
+    if columns(name) <= WIDTH:
+        return name
+    while columns(name) > WIDTH - 2:
+        name = name[1:]
+    return f"..{name}"
+
+
+def _name(name: str) -> str:
+    """A name that fills its column."""
+    return (cut := _cut(name)) + " " * (WIDTH - columns(cut))

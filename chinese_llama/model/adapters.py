@@ -18,6 +18,9 @@ PREFIX = "base_model.model."
 LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 TOKENS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?")
+BEFORE = re.compile(
+    r"\.original_module\."
+)  # what was there before training; PEFT saves it too where rows were grown
 TRAINING = re.compile(
     r"\.lora_(velora|monteclora)_"
 )  # kinds of LoRA that differ in how they are trained only
@@ -105,7 +108,7 @@ def read_tensors(adapter: Adapter) -> Tensors:
 def sort_tensor(found: Tensors, key: str, halves: dict[str, dict[str, str]]) -> None:
     """Put one tensor of the file where it belongs."""
     name = key.removeprefix(PREFIX)
-    if TRAINING.search(name):
+    if TRAINING.search(name) or BEFORE.search(name):
         return
     if 0 in found.file.meta(key)[0]:
         raise BadFile(found.file.file, f"the tensor {key} is empty; was it saved under ZeRO-3?")

@@ -14,6 +14,7 @@ from chinese_llama.directories import new_directory, write_text
 from chinese_llama.errors import UserError
 from chinese_llama.model.lora import fingerprint, unmoved
 from chinese_llama.model.resize import copy_tokenizer, save_chat_template
+from chinese_llama.model.shards import read_json
 from chinese_llama.train import page
 from chinese_llama.train.callbacks import LOG, read_log
 from chinese_llama.train.fields import Recipe
@@ -58,6 +59,7 @@ def save(trainer: Any, recipe: Recipe[Any], manifest: Manifest, directory: Path)
     log = read_log(directory / LOG)
     with new_directory(Path(fields.output_dir), fields.force, manifest.places()) as partial:
         model.save_pretrained(str(partial), state_dict=state, save_embedding_layers=False)
+        _in_order(partial / "adapter_config.json")
         copy_tokenizer(Path(fields.tokenizer), partial)
         if template := manifest.settings.get("chat_template"):
             save_chat_template(partial, template)
@@ -68,3 +70,12 @@ def save(trainer: Any, recipe: Recipe[Any], manifest: Manifest, directory: Path)
         write_text(partial / page.PAGE, page.markdown(recipe, manifest, log))
         write_text(partial / "README.md", page.card(recipe, manifest, log))
         write_manifest(partial, manifest)
+
+
+def _in_order(file: Path) -> None:
+    """Sort target_modules in adapter_config.json: PEFT writes a set, in another order each time, and the same training
+    would have another sha256."""
+    config = read_json(file)
+    if isinstance(found := config.get("target_modules"), list):
+        config["target_modules"] = sorted(found)
+    write_text(file, json.dumps(config, indent=2) + "\n")

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from chinese_llama.adapt.control import control_argv
+import pytest
+
+from chinese_llama.adapt import control
 from chinese_llama.config import parse_fields
+from chinese_llama.train.jobs import prepare_ahead
 from chinese_llama.workspace import Workspace
 from tests.adapt import spaces
 
 
 def told(space: Workspace) -> dict[str, Any]:
-    return parse_fields(control_argv(space, "work/control")())[1]
+    return parse_fields(control.argv(space))[1]
 
 
 def write(folder: Path, work: Path, base: Path, chinese_sp: Path, **more: Any) -> Workspace:
@@ -34,6 +37,7 @@ def test_it_is_the_base_itself_and_no_row_trains(
 def test_its_own_settings_win(tmp_path: Path, work: Path, base: Path, chinese_sp: Path) -> None:
     own = {"embeddings": "full", "max_steps": 7, "data": [{"path": "a b.jsonl", "weight": 0.5}]}
     found = told(write(tmp_path, work, base, chinese_sp, control=own))
+    own["data"] = [{"path": str(tmp_path / "a b.jsonl"), "weight": 0.5}]
     assert {name: found[name] for name in own} == own
 
 
@@ -53,3 +57,29 @@ def test_counted_steps_become_those_that_read_the_same_text(
         texts = [text for name in ("zh", "en") for text in documents(work / f"{name}.jsonl")]
         counts.append(sum(len(tokenizer(text, add_special_tokens=False).input_ids) + 2 for text in texts))
     assert abs(steps - 1000 * counts[0] / counts[1]) < 10
+
+
+def test_with_weights_it_reads_the_same_characters_of_every_source(
+    tmp_path: Path, work: Path, base: Path, chinese_sp: Path
+) -> None:
+    """Weights are shares of tokens, and the Chinese has six times as many in the base's tokenizer."""
+    data = [{"path": str(work / "zh.jsonl"), "weight": 0.8}, {"path": str(work / "en.jsonl"), "weight": 0.2}]
+    pretraining = {"data": data, "max_steps": -1, "num_train_epochs": 3}
+    values = spaces.settings(work, base, chinese_sp)
+    space = spaces.write(tmp_path, values | {"control": {}, "pt_lora": {**values["pt_lora"], **pretraining}})
+    found = told(space)
+    ours, theirs = (
+        prepare_ahead("pt_lora", ["--workspace", str(space.file), *words]).manifest.metrics["sources"]
+        for words in ([], control.words(space))
+    )
+    read = []
+    for figures, weights, epochs in (
+        (ours, [0.8, 0.2], 3),
+        (theirs, [s["weight"] for s in found["data"]], found["num_train_epochs"]),
+    ):
+        tokens = sum(f["tokens"] for f in figures) * epochs
+        read.append(
+            [tokens * w * f["characters"] / f["tokens"] for f, w in zip(figures, weights, strict=True)]
+        )
+    assert read[1] == pytest.approx(read[0], rel=1e-3)
+    assert found["num_train_epochs"] != 3

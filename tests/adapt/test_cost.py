@@ -49,9 +49,13 @@ def test_training_counts_its_checkpoints_and_the_control_has_no_new_rows(
     found = space(tmp_path, work, base, chinese_sp, control={}, extend_vocab={"size": 5000})
     told = cost.costs(found, plan.stages_of(found))
     plus, control = told["pt_lora"], told["control"]
-    assert plus.passing > 3 * plus.disk > 0
     hidden = Weights(base).config()["hidden_size"]
-    assert plus.disk - control.disk == 2 * 4 * hidden * (5000 - cost.sizes(found).old_rows)
+    rows = 2 * 4 * hidden * (5000 - cost.sizes(found).old_rows)
+    text = sum((work / name).stat().st_size for name in ("zh.jsonl", "en.jsonl"))
+    assert plus.disk - control.disk == rows + round(text * cost.PACKED) - round(text * cost.PACKED_BASE)
+    assert plus.passing - control.passing == pytest.approx(3 * 3 * rows, rel=1e-4), (
+        "three checkpoints, each with two moments"
+    )
     assert control.memory < plus.memory
 
 
@@ -61,7 +65,9 @@ def test_sharding_of_the_launch_file_divides_the_memory(
     one = space(tmp_path, work, base, chinese_sp)
     many = space(tmp_path, work, base, chinese_sp, launch="recipes/launch/fsdp2.yaml")
     stages = plan.stages_of(one)
-    assert cost.costs(many, stages)["pt_lora"].memory < cost.costs(one, stages)["pt_lora"].memory
+    alone, shared = (cost.costs(found, stages)["pt_lora"] for found in (one, many))
+    assert (shared.memory - cost.PROCESS) / 8 < alone.memory - cost.PROCESS, "each of eight on this machine"
+    assert (shared.disk, shared.passing) == (alone.disk, alone.passing), "an adapter is whole"
     for name, sharding in (("ddp", "none"), ("zero2", "zero2"), ("zero3", "zero3"), ("fsdp2", "fsdp")):
         told = cost._launched(space(tmp_path, work, base, chinese_sp, launch=f"recipes/launch/{name}.yaml"))
         assert told == {"processes": 8, "sharding": sharding}

@@ -74,6 +74,29 @@ def test_a_recipe_that_fails_ends_in_one_sentence(tmp_path: Path, capfd: pytest.
     assert "Error: why" in told and "Traceback" not in told
 
 
+def test_several_processes_that_fail_leave_no_traceback_of_the_launcher(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    own_recipe(tmp_path, "import sys\nprint('Error: why', file=sys.stderr)\nsys.exit(2)\n")
+    with pytest.raises(UserError, match="pt_lora ended with an error"):
+        launch.train(space(tmp_path, "launch: recipes/launch/cpu_2.yaml\n"), "pt_lora", [])
+    told = capfd.readouterr().err
+    assert "Error: why" in told and "Traceback" not in told and "torch" not in told
+
+
+def test_asking_a_recipe_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    own = own_recipe(tmp_path, "DEFAULTS = {}\n")
+    launch.recipe("pt_lora", own)
+    assert [file.name for file in (tmp_path / "recipes").iterdir()] == ["pt_lora.py"]
+
+
+@pytest.mark.parametrize("text", ["def (", "DEFAULTS = 3\n", "", "import nothing_of_this_name\n"])
+def test_an_edited_recipe_that_does_not_load_is_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(BadFile, match=r"pt_lora\.py: does not load as a recipe"):
+        launch.recipe("pt_lora", own_recipe(tmp_path, text))
+
+
 PATIENT = """
 import signal, sys, time
 def save(*_):

@@ -90,7 +90,7 @@ def test_another_setting_makes_a_stage_stale_and_those_above_it(made: Workspace)
     assert found["extend_vocab"] == plan.State(
         plan.STALE, "made with pad_token None, and <|pad|> is asked for"
     )
-    assert found["extend_model"] == plan.State(plan.STALE, "extend_vocab is made first")
+    assert found["extend_model"] == plan.State(plan.OPEN, "extend_vocab is made first")
     assert states(made, extend_model={"init": "random"})["extend_vocab"].kind == plan.STANDS
 
 

@@ -267,7 +267,7 @@ def test_conversations_without_answers(tmp_path: Path) -> None:
         "records-without-answer": "warning",
         "records-without-question": "warning",
         "answer-is-prompt": "warning",
-        "malformed-records": "error",
+        "no-answer-field": "error",
         "long-conversations": "note",
     }
     bare = write(
@@ -283,6 +283,43 @@ def test_preference_pairs(tmp_path: Path) -> None:
         "rejected": {"value": "坏"},
     }
     assert findings(write(tmp_path / "p.jsonl", [record]))["preference-pairs"].severity == "error"
+
+
+def test_answers_in_other_fields(tmp_path: Path) -> None:
+    """What to type is told; a prompt with an answer is no file of prompts."""
+    fields = [("question", "answer"), ("prompt", "completion"), ("query", "response")]
+    for question, answer in fields:
+        found = findings(write(tmp_path / "x.jsonl", [{question: "你好吗？", answer: "很好。"}]))
+        assert found["unknown-format"].remedy == (
+            f'Rename the fields: jq -c \'{{instruction: ."{question}", output: ."{answer}"}}\' x.jsonl > renamed.jsonl'
+        )
+    (tmp_path / "y.json").write_text('[{"content": "中文"}]')
+    assert (
+        "jq -c '.[] | {text: .\"content\"}' y.json" in findings(tmp_path / "y.json")["unknown-format"].remedy
+    )
+    pairs = [{"prompt": "你好吗？", "chosen": "很好。", "rejected": "不好。"}]
+    assert findings(write(tmp_path / "p.jsonl", pairs))["preference-pairs"].severity == "error"
+    assert not findings(write(tmp_path / "q.jsonl", [{"prompt": "请问你今天过得好不好？"}]))
+
+
+def test_one_question_with_several_answers(tmp_path: Path) -> None:
+    again = {**RECORDS[0], "output": "别的回答，也很有意思。"}
+    assert conversations(tmp_path, again)["same-questions"].severity == "note"
+    assert "same-questions" not in conversations(tmp_path, RECORDS[0])
+
+
+def test_control_tokens_of_other_families(tmp_path: Path) -> None:
+    for mark in ("<｜end▁of▁sentence｜>", "<|start_header_id|>", "[gMASK]<sop>", "<eos>", "###Response:"):
+        assert "control-tokens" in documents(tmp_path, f"{mark}中国的首都是北京"), mark
+
+
+def test_japanese_is_not_chinese(tmp_path: Path) -> None:
+    write(
+        tmp_path / "ja.jsonl",
+        [{"text": f"これは日本語の文章です。天気は{topic}ですね。"} for topic in TOPICS],
+    )
+    (found,) = check_data_together(surveys(tmp_path / "ja.jsonl"))
+    assert (found.check, found.severity) == ("mostly-not-chinese", "warning")
 
 
 def test_several_formats(tmp_path: Path) -> None:

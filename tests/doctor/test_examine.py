@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +79,39 @@ def test_a_directory_of_things_stands_for_them(tokenizer: Path, chinese_sp: Path
     assert [thing.path.name for thing in examine([tmp_path / "all"]).things] == ["one", "two"]
 
 
+def test_parts_of_one_are_looked_at_once(base: Path, tokenizer: Path) -> None:
+    parts = [
+        base / "tokenizer.model",
+        base,
+        base / "config.json",
+        base / "." / "model.safetensors",
+        tokenizer,
+    ]
+    report = examine(parts)
+    assert [thing.path for thing in report.things] == [base, tokenizer]
+    notes = [finding for finding in report.findings if finding.check == "pad-is-unk"]
+    assert len(notes) == 1  # of two tokenizers
+
+
+def test_of_very_many_things_the_first_are_looked_at(tokenizer: Path, tmp_path: Path) -> None:
+    for number in range(21):
+        (tmp_path / f"{number:02}").mkdir()
+        shutil.copy(tokenizer / "tokenizer_config.json", tmp_path / f"{number:02}")
+    report = examine([tmp_path])
+    assert len(report.things) == 20
+    found = next(finding for finding in report.findings if finding.check == "looked-at-in-part")
+    assert found.severity == "note" and found.evidence == [str(tmp_path / "20")]
+
+
+def test_data_alone_do_not_wait_for_torch(work: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from chinese_llama.doctor.examine import examine;"
+        f"examine([Path({str(work / 'zh.jsonl')!r})]); print({{'torch', 'transformers'}} & {{*sys.modules}})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_a_workspace_stands_for_all_that_it_names(
     work: Path, base: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -130,3 +165,11 @@ def test_the_text(tmp_path: Path) -> None:
         "0 errors, 2 warnings, 0 notes.",
     ]
     assert text(Report()).strip() == "Nothing is wrong."
+
+
+def test_what_files_hold_does_not_reach_the_terminal_as_commands(tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07"
+    finding = Finding("error", "x", f"a{evil}", f"b{evil}", [f"c{evil}"], f"d{evil}")
+    thing = Thing(tmp_path, "model", f"a model{evil}", {}, None)
+    told = text(Report([thing], [f"merge {evil}"], [finding]))
+    assert "\x07" not in told and "\x1b]" not in told and told.count("owned") == 6

@@ -65,6 +65,7 @@ def test_a_tuned_model_without_a_template(place: Path, tmp_path: Path) -> None:
     (place / "chinese_llama.json").unlink()
     published = Thing(place, "adapter", "an adapter", {}, "chinese-alpaca-7b")
     assert "chinese-alpaca-7b" in findings(place, published)["no-template"].evidence[0]
+    assert findings(place, published)["no-template"].severity == "note"  # a name proves nothing
 
 
 def test_templates_that_cannot_be_rendered(place: Path) -> None:

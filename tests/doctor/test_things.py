@@ -86,6 +86,33 @@ def test_a_snapshot_of_the_hub(base: Path, tmp_path: Path) -> None:
     assert recognise(cache).kind == "model"
 
 
+def test_the_snapshot_that_main_names(base: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "hub" / "models--a--b"
+    for name in ("0123", "4567"):
+        copied(base, cache / "snapshots" / name)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123")
+    assert recognise(cache).path == cache / "snapshots" / "0123"
+    assert recognise(tmp_path).facts["inside"] == [str(cache / "snapshots" / "0123")]
+
+
+def test_what_lies_deep(base: Path, tmp_path: Path) -> None:
+    """Settings are no data, and of the checkpoints of a run the last counts."""
+    copied(base, tmp_path / "models" / "llama" / "7b")
+    for step in (5, 10, 100):
+        making.make(tmp_path / "runs" / "one" / f"checkpoint-{step}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.json").write_text('[{"text": "x"}]')
+    (tmp_path / "data" / "settings.json").write_text('{"a": 1}')
+    (tmp_path / "requirements.txt").write_text("torch")
+    assert [str(Path(place).relative_to(tmp_path)) for place in recognise(tmp_path).facts["inside"]] == [
+        "data/a.json",
+        "models/llama/7b",
+        "runs/one/checkpoint-100",
+    ]
+    assert recognise(tmp_path / "models" / "llama" / "7b" / "generation_config.json").kind == "model"
+
+
 def test_a_workspace(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("base: [")
     assert [recognise(path).kind for path in (tmp_path, tmp_path / FILE)] == ["workspace", "workspace"]

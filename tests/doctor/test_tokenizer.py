@@ -354,3 +354,27 @@ def test_the_published_tokenizer(data: Path, tmp_path: Path) -> None:
     assert found["dead-pieces"].what.startswith("345 of the 17,953 pieces")
     assert found["tied-scores"].severity == "note"
     assert found["reads-differently"].severity == "warning"
+
+
+def test_what_is_said_of_damaged_files_is_true(copy: Path, base: Path, tmp_path: Path) -> None:
+    """A tokenizer.json that is there is not said to be missing; config.json is blamed for what is wrong in it."""
+    set_config(copy, eos_token="<|im_end|>")
+    told = findings(copy)["special-token-not-in-vocabulary"].remedy
+    assert "pad" not in told and "</s>" in told
+    (copy / "tokenizer.json").write_text("{")
+    assert severities(copy)["invalid-json"] == "error"
+    assert "no-tokenizer-json" not in findings(copy)
+    shutil.copytree(base, tmp_path / "model")
+    change(tmp_path / "model" / "config.json", lambda content: content | {"vocab_size": "420"})
+    found = findings(tmp_path / "model")["config-field-wrong"]
+    assert found.where.endswith("config.json") and "vocab_size" in found.evidence[0]
+
+
+def test_a_few_chinese_words_as_added_tokens(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    for words, severity in ((["中国"], "note"), (["中国", "北京", "学校"], "warning")):
+        auto = AutoTokenizer.from_pretrained(str(base))
+        auto.add_tokens(words)
+        auto.save_pretrained(str(tmp_path / severity))
+        assert severities(tmp_path / severity)["chinese-as-added-tokens"] == severity

@@ -59,8 +59,8 @@ def test_windows_score_every_id_but_the_first_exactly_once(count: int, sizes: tu
         assert len(window.ids) <= length
         assert window.ids == list(range(window.ids[0], window.ids[-1] + 1))
         assert 1 <= window.context < len(window.ids)
-        if number:
-            assert window.context >= min(length - stride, window.ids[-1])
+        assert window.ids[0] == number * stride
+        assert window.context == (length - stride if number else 1)
         scored += window.ids[window.context :]
     assert scored == ids[1:]
 
@@ -165,14 +165,15 @@ def test_the_figures_are_sums_of_log_probabilities(model: Any, reader: Any, text
 
 @pytest.mark.parametrize("stride", [None, 100, 127])
 def test_a_long_document_slides_over_its_windows(model: Any, reader: Any, stride: int | None) -> None:
-    """The rule written out for each id: where its window ends, and what that window sees before it."""
+    """The guide's rule written out for each id: its window begins at the last multiple of the stride from which it
+    is reached."""
     ids = [reader.bos_token_id, *reader(LONG, add_special_tokens=False).input_ids]
     limit, step = 128, stride or 64
     assert len(ids) > 2 * limit
     nats = 0.0
     for i in range(1, len(ids)):
-        end = limit if i < limit else min(len(ids), limit + step * ((i - limit) // step + 1))
-        nats -= log_probability(model, ids[max(0, end - limit) : i], ids[i])
+        start = 0 if i < limit else step * ((i - limit) // step + 1)
+        nats -= log_probability(model, ids[start:i], ids[i])
     told = evaluate_text(model, reader, [LONG], stride)
     assert told["bits_per_character"] == pytest.approx(nats / math.log(2) / len(LONG), rel=1e-5)
     assert told["tokens"] == len(ids) - 1

@@ -7,11 +7,13 @@ import logging
 import math
 import os
 import random
-import subprocess
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub
 import numpy
 import pytest
 import torch
@@ -19,12 +21,10 @@ import torch
 from chinese_llama.data.templates import text_ids
 from chinese_llama.errors import BadFile, UserError
 from chinese_llama.evaluate import harness
-from chinese_llama.evaluate.bits import evaluate_text
 from chinese_llama.evaluate.choices import average, categories, check_choices, multiple_choice, wikitext
 from chinese_llama.evaluate.exams import find_exam, read_exam
 from chinese_llama.evaluate.harness import Loaded, choice_ids, likelihoods
 from chinese_llama.model.load import load_model, load_tokenizer
-from chinese_llama.vocab.fast import write_tokenizer
 from tests import tiny
 from tests.evaluate.exam_files import csv_file, write_exam
 
@@ -118,6 +118,7 @@ def test_accuracies_are_those_of_plain_torch(
     assert told["average"]["accuracy"] == pytest.approx(sum(shares) / len(shares))
     assert told["average"]["stderr"] == pytest.approx(math.sqrt(sum(e * e for e in errors)) / len(errors))
     assert (told["exam"], told["shots"], told["questions"]) == (exam, shots, sum(SUBJECTS[exam].values()))
+    assert told["shots_used"] == dict.fromkeys(SUBJECTS[exam], shots)
     assert told["source"].startswith("lm-eval 0.") and told["place"] == str(exams[exam])
     assert len(told["missing"]) == len(find_exam(exam).subjects) - len(shares)
 
@@ -173,34 +174,6 @@ def test_the_harness_has_the_same_probabilities_through_its_own_model(
     )
 
 
-@pytest.mark.parametrize("place", ["base", "extended"])
-@pytest.mark.parametrize("text", ["题目\nA. 一\n答案：", "a </s> b\n答案是：", "<s>答案：", "答案： "])
-def test_a_choice_is_one_token_after_the_tokens_of_its_prompt(
-    place: str, text: str, request: pytest.FixtureRequest
-) -> None:
-    tokenizer = load_tokenizer(request.getfixturevalue(place))
-    pairs = choice_ids(tokenizer, text, "ABCD")
-    assert len({tuple(context) for context, _ in pairs}) == 1
-    for choice, (context, wanted) in zip("ABCD", pairs, strict=True):
-        assert wanted == [letter_id(tokenizer, choice)]
-        assert context + wanted == [tokenizer.bos_token_id, *text_ids(tokenizer, text + choice)]
-        assert context.count(tokenizer.bos_token_id) == 1
-        assert tokenizer.eos_token_id not in context, "what looks like eos in a question is text"
-
-
-def test_choices_that_a_tokenizer_joins_are_compared_after_the_same(tmp_path: Path) -> None:
-    proto = tiny.base_tokenizer()
-    for piece in ("：", "A", "B", "C", "D", "：A", "：B"):
-        proto.pieces.add(piece=piece, score=0.0, type=1)
-    write_tokenizer(tmp_path, proto, None)
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.tokenize("x：A") == ["▁", "x", "：A"]
-    pairs = choice_ids(tokenizer, "x：", "ABCD")
-    assert {tuple(tokenizer.convert_ids_to_tokens(context)) for context, _ in pairs} == {("<s>", "▁", "x")}
-    said = [tokenizer.convert_ids_to_tokens(wanted) for _, wanted in pairs]
-    assert said == [["：A"], ["：B"], ["：", "C"], ["：", "D"]]
-
-
 def test_a_model_that_always_knows(tmp_path: Path, extended: Path, reader: Any) -> None:
     write_exam(tmp_path, "cmmlu", {"arts": 4, "virology": 1}, answer="C")
     knowing = load_model(extended, "float32")
@@ -245,25 +218,76 @@ def test_an_adapter_on_top_is_measured(exams: dict[str, Path], extended: Path, r
     before = multiple_choice(plain, reader, "ceval", exams["ceval"], 0)
     live = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], r=2))
     assert multiple_choice(live, reader, "ceval", exams["ceval"], 0) == before
+    asked = choice_ids(reader, prompts("ceval", exams["ceval"], "law", 0)[0], "ABCD")
+    bare = likelihoods(live, asked, 2, 4096)
     torch.nn.init.normal_(live.base_model.model.lm_head.lora_B["default"].weight, std=5.0)
-    assert multiple_choice(live, reader, "ceval", exams["ceval"], 0)["subjects"] != before["subjects"]
+    assert max(abs(a - b) for a, b in zip(bare, likelihoods(live, asked, 2, 4096), strict=True)) > 0.01
 
 
-def test_a_prompt_that_is_too_long_is_refused(exams: dict[str, Path], extended: Path, reader: Any) -> None:
-    short = load_model(extended, "float32")
-    lengths = {
-        subject: max(len(text_ids(reader, text)) + 1 for text in prompts("ceval", exams["ceval"], subject, 3))
+def longest(reader: Any, exams: dict[str, Path], shots: int) -> dict[str, int]:
+    """Tokens of the longest prompt of each subject."""
+    return {
+        subject: max(
+            len(text_ids(reader, text)) + 1 for text in prompts("ceval", exams["ceval"], subject, shots)
+        )
         for subject in SUBJECTS["ceval"]
     }
+
+
+def test_a_prompt_that_does_not_fit_loses_its_first_examples(
+    exams: dict[str, Path],
+    extended: Path,
+    reader: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """One by one, question by question, and no more than it takes."""
+    short, lengths = load_model(extended, "float32"), longest(reader, exams, 3)
+    limit = short.config.max_position_embeddings = sorted(lengths.values())[1] - 100
+    tasks: list[Any] = []
+
+    def recorded(model: Any, asked: list[Any], *_: Any) -> list[float]:
+        tasks.append(asked)
+        return [0.0] * len(asked)
+
+    monkeypatch.setattr(harness, "likelihoods", recorded)
+    capfd.readouterr()
+    told = multiple_choice(short, reader, "ceval", exams["ceval"], 3)
+    lines = capfd.readouterr().err.splitlines()[1:]
+    found = [[*context, *wanted] for context, wanted in tasks[0][::4]]
+    used = {}
+    for subject in told["subjects"]:
+        whole = prompts("ceval", exams["ceval"], subject, 3)
+        bare = prompts("ceval", exams["ceval"], subject, 0)
+        head = PROMPTS["ceval"][0].format(NAMES[subject])
+        examples = whole[0].removeprefix(head).split("\n\n")[:3]
+        counts = []
+        for question in bare:
+            for count in (3, 2, 1, 0):
+                kept = "".join(f"{example}\n\n" for example in examples[3 - count :])
+                ids = [1, *text_ids(reader, head + kept + question.removeprefix(head) + "A")]
+                if len(ids) - 1 <= limit:
+                    break
+            counts.append(count)
+            assert found.pop(0) == ids
+        used[subject] = min(counts)
+        if fewer := sum(count < 3 for count in counts):
+            said = f"{subject}: {fewer} of {len(bare)} questions are asked after fewer than 3 examples, {used[subject]} at"
+            assert lines.pop(0) == f"{said} least: more do not fit into the model's context."
+    assert told["shots_used"] == used and len({*used.values()}) > 1 and not lines and not found
+
+
+def test_a_question_that_does_not_fit_is_refused(exams: dict[str, Path], extended: Path, reader: Any) -> None:
+    short, lengths = load_model(extended, "float32"), longest(reader, exams, 0)
     worst = max(lengths, key=lambda subject: lengths[subject])
     short.config.max_position_embeddings = lengths[worst]
-    multiple_choice(short, reader, "ceval", exams["ceval"], 3)
+    assert multiple_choice(short, reader, "ceval", exams["ceval"], 3)["shots_used"][worst] == 0
     short.config.max_position_embeddings = lengths[worst] - 1
     with pytest.raises(UserError) as error:
         multiple_choice(short, reader, "ceval", exams["ceval"], 3)
     assert str(error.value) == (
-        f"{worst}: a prompt is {lengths[worst]} tokens long, the model reads {lengths[worst] - 1}; give fewer "
-        f"examples (shots), or a directory without what is too long for it ({worst})."
+        f"{worst}: a question is {lengths[worst]} tokens long without an example, the model reads {lengths[worst] - 1}; "
+        f"give a directory without what is too long for it ({worst})."
     )
 
 
@@ -313,73 +337,36 @@ def test_nothing_around_it_changes(
     assert shown.err == f"{exams['cmmlu']}: 3 of the 67 subjects of CMMLU; averages are theirs.\n"
 
 
-PROGRAM = """
-import socket, sys
-from pathlib import Path
-def refused(*_, **__):
-    raise AssertionError("the network is asked for")
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = refused
-from chinese_llama.evaluate.choices import multiple_choice, wikitext
-from chinese_llama.model.load import load_model, load_tokenizer
-model, tokenizer = load_model(sys.argv[1], "float32"), load_tokenizer(sys.argv[1])
-model.config.max_position_embeddings = 2048
-print(multiple_choice(model, tokenizer, "cmmlu", sys.argv[2], 1)["questions"])
-print(wikitext(model, tokenizer, Path(sys.argv[3]))["documents"])
-"""
-
-
 def test_a_local_directory_needs_no_network_and_leaves_no_file(
-    exams: dict[str, Path], extended: Path, work: Path, tmp_path: Path
+    exams: dict[str, Path],
+    model: Any,
+    reader: Any,
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here, home = tmp_path / "here", tmp_path / "home"
-    here.mkdir()
-    environment = {**os.environ, "HF_HOME": str(home), "HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-c", PROGRAM, str(extended), str(exams["cmmlu"]), str(work / "zh.jsonl")]
-    done = subprocess.run(command, cwd=here, env=environment, text=True, capture_output=True)
-    assert done.stdout.split() == [str(sum(SUBJECTS["cmmlu"].values())), str(len(tiny.CHINESE))], done.stderr
-    assert not list(here.iterdir())
-    assert not [file for file in home.rglob("*") if file.is_file()], "no copies in a cache either"
+    """Nor a copy in a cache. Python tells every connection and every file that is opened."""
+    seen: list[str] = []
+    watched = True
 
+    def watch(event: str, told: tuple[Any, ...]) -> None:
+        writes = event == "open" and told[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if watched and (writes or event == "os.mkdir" or event.startswith("socket.")):
+            seen.append(f"{event} {told[0]}")
+            raise PermissionError(seen[-1])
 
-def test_wikitext_is_the_sum_of_log_probabilities(model: Any, reader: Any, tmp_path: Path) -> None:
-    texts = [tiny.ENGLISH[0], "one  two\nthree", tiny.CHINESE[0]]
-    tiny.write_texts(tmp_path / "text.jsonl", texts)
-    nats = 0.0
-    for text in texts:
-        nats -= log_probability(model, [reader.bos_token_id], text_ids(reader, text))
-    told = wikitext(model, reader, tmp_path / "text.jsonl")
-    words, size = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
-    assert (told["words"], told["bytes"], told["documents"]) == (words, size, 3)
-    assert told["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-    assert told["byte_perplexity"] == pytest.approx(math.exp(nats / size), rel=1e-4)
-    assert math.log(told["word_perplexity"]) == pytest.approx(nats / words, rel=1e-4)
-    assert told["bits_per_byte"] == pytest.approx(
-        evaluate_text(model, reader, texts)["bits_per_byte"], rel=1e-5
-    )
-
-
-def test_wikitext_of_documents_longer_than_a_window(extended: Path, reader: Any, tmp_path: Path) -> None:
-    """Windows written out: 127 tokens each after the one before them, the last as long as the others."""
-    model = load_model(extended, "float32")
-    text = "".join(tiny.CHINESE[:60])
-    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    ids, room = text_ids(reader, text), 127
-    assert len(ids) > 2 * room and len(ids) % room
-    whole = [reader.bos_token_id, *ids]
-    nats = -log_probability(model, whole[:1], whole[1 : room + 1])
-    for start in range(room, len(ids), room):
-        end = min(start + room, len(ids))
-        nats -= log_probability(model, whole[end - room : start + 1], whole[start + 1 : end + 1])
-    told = wikitext(model, reader, tmp_path / "text.txt")
-    assert told["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
-    assert told["words"] == 1 and nats > 709, "a number that exp cannot hold"
-    assert math.isfinite(told["word_perplexity"])
-
-
-def test_wikitext_of_no_text_is_one_sentence(model: Any, reader: Any, tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(BadFile, match=r"empty.txt: holds no text\.$"):
-        wikitext(model, reader, tmp_path / "empty.txt")
+    sys.addaudithook(watch)  # for good: there is no way to take it back
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    try:
+        assert multiple_choice(model, reader, "cmmlu", exams["cmmlu"], 1)["questions"] == 17
+        assert wikitext(model, reader, work / "zh.jsonl")["documents"] == len(tiny.CHINESE)
+        assert not seen
+        for attempt in ((tmp_path / "x").touch, (tmp_path / "y").mkdir, socket.socket):
+            with pytest.raises(PermissionError):
+                attempt()
+    finally:
+        watched = False
 
 
 def test_the_questions_have_what_the_task_files_name(exams: dict[str, Path]) -> None:

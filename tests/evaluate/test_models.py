@@ -146,8 +146,9 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(
 
 def test_the_context_is_what_the_configuration_says(base: Path, tmp_path: Path) -> None:
     assert Subject("x", str(base)).context == 128
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert Subject("x", str(tmp_path)).context is None
+    for content, context in (('{"model_type": "llama"}', 2048), ('{"model_type": "x"}', None)):
+        (tmp_path / "config.json").write_text(content)  # 2048 is what transformers makes of a LLaMA without
+        assert Subject("x", str(tmp_path)).context == context
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         _ = Subject("x", str(tmp_path)).context

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from chinese_llama.evaluate.report.values import columns
 from chinese_llama.evaluate.table import told
 
 
@@ -57,6 +58,7 @@ def test_columns_are_aligned_and_fit() -> None:
 
 def test_exams_wikitext_and_speed() -> None:
     exam = {"exam": "ceval", "shots": 5, "questions": 1346, "average": {"accuracy": 0.251, "stderr": 0.012}}
+    exam["categories"] = {"STEM": exam["average"], "Social Science": {"accuracy": 1.0, "stderr": 0.0}}
     one = exam | {"average": {"accuracy": 0.5, "stderr": None}}
     speed = {"characters": 256, "characters_per_second": 50.0, "tokens_per_second": 40.0, "device": "cpu",
              "dtype": "float32", "repeats": 5}  # fmt: skip
@@ -69,9 +71,11 @@ def test_exams_wikitext_and_speed() -> None:
         [],
     )
     for line in (
-        "ceval, 5-shot, 1,346 questions",
-        "base              25.1 % +- 1.2 right, average over subjects",
-        "ours              50.0 % right, average over subjects",
+        "ceval, 5-shot, 1,346 questions: % right, standard error",
+        "                                                    Social",
+        "                       average          STEM       Science",
+        "base               25.1 +- 1.2   25.1 +- 1.2  100.0 +- 0.0",
+        "ours                      50.0   25.1 +- 1.2  100.0 +- 0.0",
         "base              12.50 per word, 1.625 per byte (perplexity)",
         "Decoding 256 characters token by token on cpu in float32 (medians of 5 runs)",
         "base              50.0 characters/s, 40.0 tokens/s",
@@ -79,6 +83,16 @@ def test_exams_wikitext_and_speed() -> None:
     ):
         assert line in text.splitlines()
     assert text.isascii()
+    assert "\n\n   " not in told([model("a", choices=[exam | {"categories": {}}])], [])
+
+
+def test_wide_characters_take_two_columns() -> None:
+    lines = told([model("base"), model("中文模型很长的名字")], []).splitlines()
+    rows = [line for line in lines if "4.250" in line]
+    assert rows[1].startswith("..模型很长的名字 ") and "中文模型很长的名字" in lines[1]
+    assert [columns(row[: row.index("4.250")]) for row in rows] == [
+        columns(rows[0][: rows[0].index("4.250")])
+    ] * 2
 
 
 def test_large_changes_keep_to_their_column() -> None:
@@ -90,6 +104,9 @@ def test_large_changes_keep_to_their_column() -> None:
 def test_one_document_has_a_verdict_without_an_interval() -> None:
     text = told([model("a"), model("b")], [comparison("b", 0.5, None, "one document shows nothing")])
     assert "+50.0 %  one document shows nothing" in text
+    single = model("a")
+    single["texts"]["zh"]["documents"] = 1
+    assert "zh: 1 document, " in told([single], [])
 
 
 def test_a_model_called_by_its_place_needs_no_legend() -> None:

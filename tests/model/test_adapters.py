@@ -26,9 +26,16 @@ FILE = "adapter_model.safetensors"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
-def peft_adapter(base: Path, output: Path, rows: int | None = None, seed: int = 1, **config: Any) -> Path:
+def peft_adapter(
+    base: Path,
+    output: Path,
+    rows: int | None = None,
+    seed: int = 1,
+    embeddings: bool | str = False,
+    **config: Any,
+) -> Path:
     """An adapter that peft itself made of `base` (first grown to `rows`), as if trained: all of its
-    tensors are noise around where they start."""
+    tensors are noise around where they start. `embeddings`: PEFT's save_embedding_layers ("auto" by default there)."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if rows:
         model.resize_token_embeddings(rows)
@@ -39,7 +46,7 @@ def peft_adapter(base: Path, output: Path, rows: int | None = None, seed: int = 
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
-    wrapped.save_pretrained(str(output), save_embedding_layers=False)
+    wrapped.save_pretrained(str(output), save_embedding_layers=embeddings)
     return output
 
 
@@ -324,3 +331,15 @@ def test_dora_needs_its_magnitudes_and_all_of_them(base: Path, tmp_path: Path) -
         read_tensors(edited(place, tmp_path / "b", {"use_dora": False}))
     with pytest.raises(BadFile, match="q_proj has 5 magnitudes for 32 rows"):
         read_tensors(edited(place, tmp_path / "c", **{key: torch.ones(5)}))
+
+
+def test_what_peft_saves_beside_grown_matrices_is_not_the_adapters(base: Path, tmp_path: Path) -> None:
+    """With rows grown, PEFT's own default saves what modules_to_save were before training, too."""
+    saved = ["embed_tokens", "lm_head"]
+    place = peft_adapter(base, tmp_path / "whole", rows=440, embeddings="auto", modules_to_save=saved)
+    held = load_file(place / FILE)
+    assert any(".original_module." in key for key in held), "PEFT has changed; is this still needed?"
+    made = changes(base, place)
+    for name in ("model.embed_tokens", "lm_head"):
+        trained = held[f"base_model.model.{name}.modules_to_save.weight"]
+        assert torch.equal(made[f"{name}.weight"].float(), trained)
