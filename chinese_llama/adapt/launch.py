@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -97,10 +98,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         started = psutil.Process(process.pid).children()
     except psutil.NoSuchProcess:
         return
-    say("Stopping; a checkpoint is written first (again Ctrl-C: without one).")
     try:
         for child in started or [process]:
             child.terminate()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            say("Stopping; a checkpoint is written first (again Ctrl-C: without one).")
         process.wait()
     except psutil.NoSuchProcess:
         process.wait()

@@ -23,13 +23,14 @@ from chinese_llama.artifacts import (
     write_manifest,
 )
 from chinese_llama.directories import new_directory, write_text
-from chinese_llama.errors import Interrupted, UserError
+from chinese_llama.errors import BadFile, Interrupted, UserError
 from chinese_llama.evaluate.answers import How, answer_file, read_answers, read_prompts, right
 from chinese_llama.evaluate.compare import broken
 from chinese_llama.evaluate.models import check_subject
 from chinese_llama.evaluate.report.page import html
 from chinese_llama.evaluate.report.twin import markdown
 from chinese_llama.evaluate.run import compared, measure
+from chinese_llama.model.shards import read_json
 from chinese_llama.progress import say
 from chinese_llama.workspace import Workspace
 
@@ -72,8 +73,13 @@ def evaluated(space: Workspace, force: bool, keep: Keep = True) -> Manifest:
 
 
 def read_told(output: Path) -> Told:
-    """What a report was written from."""
-    return json.loads((output / REPORT).read_text(encoding="utf-8"))
+    """What a report was written from. Raises BadFile where it is damaged."""
+    told = read_json(output / REPORT)
+    if not isinstance(told.get("comparisons"), list):
+        raise BadFile(
+            output / REPORT, "is no report of this tool; chinese-llama adapt --only eval --force makes it."
+        )
+    return told
 
 
 def _manifest(space: Workspace, found: list[Measured], sets: dict[str, Path]) -> Manifest:
@@ -89,6 +95,7 @@ def _manifest(space: Workspace, found: list[Measured], sets: dict[str, Path]) ->
     }
     settings = {name: value for name, value in dataclasses.asdict(section).items() if name != "output"}
     settings["title"] = space.settings.title
+    settings["models"] = {item.subject.name: item.subject.digest() for item in found}
     return Manifest(
         "report", "adapt", {role: input_record(place) for role, place in places.items()}, settings
     )
@@ -146,14 +153,15 @@ def _answers(space: Workspace, found: list[Measured], below: Path) -> Told:
 def _answered(space: Workspace, found: list[Measured], file: Path, below: Path) -> Told:
     prompts, how = read_prompts(file), How(space.settings.eval.max_new_tokens)
     asked = dict(zip("AB", [item.subject for item in found if item.whole], strict=False))
-    parts = [identity(file), str(how), *(subject.identity() for subject in asked.values())]
+    parts = [identity(file), str(how), *(subject.digest() for subject in asked.values())]
     output = below / f"answers-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:12]}"
     answer_file(file, {label: subject.place for label, subject in asked.items()}, output, how)
     said, _, _ = read_answers(output)
     rows = list(zip(said, prompts, strict=True))
     names = {label: subject.name for label, subject in asked.items()}
     shares = {name: right([one.answers[label] for one in said], prompts) for label, name in names.items()}
-    shown = rows[:: max(1, -(-len(rows) // max(1, space.settings.eval.samples)))]
+    count = min(space.settings.eval.samples, len(rows))
+    shown = [rows[i * len(rows) // count] for i in range(count)]
     samples = [
         {
             "prompt": o.prompt,

@@ -153,6 +153,7 @@ def answer_file(
     subjects = {label: Subject(place, place) for label, place in models.items()}
     inputs = [*(subject.directory for subject in subjects.values()), prompts_file]
     manifest = Manifest("answers", "generate", settings=asdict(how))
+    manifest.settings["models"] = {label: subject.digest() for label, subject in subjects.items()}
     manifest.inputs = {
         role: input_record(path) for role, path in zip([*models, "prompts"], inputs, strict=True)
     }

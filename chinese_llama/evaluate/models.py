@@ -56,6 +56,17 @@ class Subject:
         found = [identity(place) for place in places]
         return hashlib.sha256("\n".join(found).encode()).hexdigest() if self.adapters else found[0]
 
+    def digest(self) -> str:
+        """sha256 over all that figures and answers depend on: the weights, config.json, tokenizer and template."""
+        beside = self.tokenizer or self.directory
+        names = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+        files = [
+            self.directory / "config.json",
+            *(file for name in names for file in sorted(beside.glob(name))),
+        ]
+        found = [self.identity(), *(f"{file.name} {identity(file)}" for file in files if file.is_file())]
+        return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
 
 def check_subject(subject: Subject) -> None:
     """Raise BadFile or DoesNotFit for what can be told without a tensor: no model or tokenizer, adapters that do

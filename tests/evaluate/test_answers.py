@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,9 @@ def test_both_models_answer_every_prompt_as_they_do_alone(
     assert (len(answered), names, seed) == (3, models, 3)
     manifest = read_manifest(output)
     assert manifest and manifest.kind == "answers" and set(manifest.inputs) == {"A", "B", "prompts"}
-    assert manifest.settings == {"max_new_tokens": 6, "temperature": 0.9, "seed": 3, "raw": False}
+    how = {"max_new_tokens": 6, "temperature": 0.9, "seed": 3, "raw": False}
+    assert manifest.settings == how | {"models": manifest.settings["models"]}
+    assert set(manifest.settings["models"]) == {"A", "B"}
     assert (output / PAGE).read_text(encoding="utf-8").count("<section") == 3
     assert {path.name for path in tmp_path.iterdir()} == {"out", "p.txt"}
 
@@ -335,3 +338,13 @@ def test_answers_from_elsewhere_will_do(tmp_path: Path) -> None:
     lines(tmp_path / ANSWERS, {"number": 7, "prompt": "x", "answers": {"ours": "y", "theirs": "z"}})
     answered, names, seed = read_answers(tmp_path)
     assert (answered[0].number, names, seed) == (7, {"ours": "ours", "theirs": "theirs"}, 0)
+
+
+def test_another_tokenizer_or_template_asks_again(base: Path, prompts: Path, tmp_path: Path) -> None:
+    """The weights are the same, the answers are not."""
+    model = shutil.copytree(base, tmp_path / "model")
+    made = answer_file(prompts, {"A": str(model)}, tmp_path / "out", How(2))
+    assert answer_file(prompts, {"A": str(model)}, tmp_path / "out", How(2)).created == made.created
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    with pytest.raises(OutputExists, match="was made with models"):
+        answer_file(prompts, {"A": str(model)}, tmp_path / "out", How(2))

@@ -117,6 +117,13 @@ def test_equal_configurations_give_equal_trajectories(extended: Path, work: Path
             assert torch.allclose(tensor, tensors(other)[name], atol=2e-4), name
 
 
+def test_the_adapters_configuration_is_in_order(extended: Path, work: Path, tmp_path: Path) -> None:
+    """PEFT writes a set: in another process the same training would have another sha256."""
+    pretrain(extended, work / "zh.jsonl", tmp_path / "out", "--max_steps", "1")
+    found = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"]
+    assert len(found) == 7 and found == sorted(found)
+
+
 def test_a_truncated_checkpoint_costs_only_its_steps(extended: Path, work: Path, tmp_path: Path) -> None:
     common = ["--max_steps", "12", "--save_steps", "4"]
     whole = pretrain(extended, work / "zh.jsonl", tmp_path / "whole", *common)

@@ -111,7 +111,8 @@ def speed(view: View) -> Section | None:
             cells.append([stage_cell(stage), fixed(values[0], 1), fixed(values[1], 1), fixed(values[2])])
     used = [mapping(stage.told.get("speed")) for stage in view.stages]
     said = {one_line(one.get(key)) for one in used for key in ("device", "dtype")} - {""}
-    note = "The same text, token by token with a cache, as in greedy decoding"
+    names = sorted({one_line(one.get("text")) for one in used} - {""})
+    note = f"The same text{f' ({names[0]})' if names else ''}, token by token with a cache, as in greedy decoding"
     note += f"; on {', '.join(sorted(said))}." if said else "."
     return Section("Decoding speed", [Evidence([plot], [Table(head, cells, note=note)])])
 
