@@ -14,8 +14,8 @@ import torch
 from chinese_llama.doctor.finding import Finding, Severity, some
 from chinese_llama.errors import BadFile
 from chinese_llama.merging.registry import registry
-from chinese_llama.model.shards import EMBED, HEAD, Block, Named, Workers, block_of, blocks
-from chinese_llama.model.tensors import Meta, TensorFile, open_tensors
+from chinese_llama.model.shards import EMBED, HEAD, Block, InFiles, Named, Workers, block_of, blocks
+from chinese_llama.model.tensors import TensorFile, open_tensors
 from chinese_llama.progress import track
 
 FP16 = 65504.0  # the largest number of float16
@@ -28,7 +28,7 @@ VOCABULARY = (EMBED, HEAD)
 AGAIN = "Fetch the file again, and compare its size and sha256 with the source."
 
 
-class Readable:
+class Readable(InFiles):
     """The tensors of several files, as far as they can be read; `problems` tells what cannot. With an `index`
     (names to file names), only what it lists is there, `unlisted` (by file name) what else the files have, and
     `whole` is whether all its files were read. Has what `Named` wants."""
@@ -51,21 +51,6 @@ class Readable:
                     self.unlisted.setdefault(file.name, []).append(name)
 
         self.whole = not self.problems and set((index or {}).values()) <= {file.name for file in self.files}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._file_of
-
-    def meta(self, name: str) -> Meta:
-        return self._file_of[name].meta(name)
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._file_of[name].rows(name, start, stop)
-
-    def load(self, name: str) -> torch.Tensor:
-        return self._file_of[name].load(name)
 
 
 def unreadable(file: Path, error: Exception) -> Finding:

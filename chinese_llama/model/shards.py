@@ -69,7 +69,28 @@ class Change:
     rows: Callable[[int, int], torch.Tensor]
 
 
-class Weights:
+class InFiles:
+    """`Named` tensors, each in one of several files."""
+
+    _file_of: dict[str, TensorFile]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def meta(self, name: str) -> Meta:
+        return self._file_of[name].meta(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._file_of[name].rows(name, start, stop)
+
+    def load(self, name: str) -> torch.Tensor:
+        return self._file_of[name].load(name)
+
+
+class Weights(InFiles):
     """The tensors of a model directory, loaded one at a time.
 
     Raises BadFile for a missing shard, an index that points elsewhere, a damaged file.
@@ -123,21 +144,6 @@ class Weights:
                 f"ties the output to the embeddings, but {HEAD} is another matrix; set tie_word_embeddings to false.",
             )
         del self._file_of[HEAD]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._file_of
-
-    def meta(self, name: str) -> Meta:
-        return self._file_of[name].meta(name)
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._file_of[name].rows(name, start, stop)
-
-    def load(self, name: str) -> torch.Tensor:
-        return self._file_of[name].load(name)
 
     def config(self) -> dict[str, Any]:
         return read_json(self.directory / "config.json")
