@@ -50,6 +50,12 @@ def test_the_data_is_found(installed: Path, tmp_path: Path) -> None:
     assert all(place.startswith(str(installed)) for place in places.split())
 
 
+def test_pages_and_tasks_are_inside(installed: Path) -> None:
+    evaluate = installed / "chinese_llama" / "evaluate"
+    for name in ("report/page.html", "rating.html", "tasks/ceval.yaml", "tasks/cmmlu.yaml"):
+        assert (evaluate / name).is_file(), name
+
+
 def test_the_registry_and_the_quickstart_are_inside(installed: Path, tmp_path: Path) -> None:
     done = run(
         installed,
