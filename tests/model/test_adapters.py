@@ -40,7 +40,9 @@ def peft_adapter(
     if rows:
         model.resize_token_embeddings(rows)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **config}
-    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # LoRA's A is drawn from torch's own numbers
+        wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in wrapped.parameters():
