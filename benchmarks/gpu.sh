@@ -18,4 +18,4 @@ python3 -m benchmarks.big --tokenizer "$data/tokenizers/llama/tokenizer.model" -
 rm -rf "$work/big"
 python3 -m benchmarks.real_run --data "$data" --work "$work/real" --batch 64 --block 512 --pt-steps 400 --sft-steps 200 \
     2> >(tee "$out/real.log" >&2) | tee "$out/real.md"
-cp -r "$work/real/work/report" "$out/"
+cp -r "$work/real/report" "$out/"

@@ -6,7 +6,7 @@
 base-proxy/ (a small LLaMA at vocabulary 32,000), zh_pretrain.jsonl.gz, en_pretrain.jsonl.gz and
 alpaca_zh.jsonl.gz. The run is a workspace like any user's: the script writes slices of the data and a
 chinese-llama.yaml, and runs `chinese-llama adapt`, control included. What is made is kept; the same command
-goes on. The results are WORK/work/report.
+goes on. The results are WORK/report.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ eval:
   text: {{zh: zh_heldout.jsonl, en: en_heldout.jsonl}}
   prompts: questions.jsonl
   max_new_tokens: 60
+  output: report
 """
 
 
