@@ -72,8 +72,8 @@ def test_what_saves_memory_learns_too(more: list[str], tokenizer: Path, work: Pa
 
 def test_scores_are_those_of_the_cpu(extended: Path, work: Path) -> None:
     from chinese_llama.data.formats import documents
-    from chinese_llama.evaluate.bits import evaluate_text
     from chinese_llama.model.load import load_model, load_tokenizer
+    from tests.evaluate.scoring import evaluate_text
 
     tokenizer = load_tokenizer(extended)
     model = load_model(extended, "float32")

@@ -120,12 +120,6 @@ RULES = (
 )  # fmt: skip
 
 
-def check_data(thing: Thing) -> Iterator[Finding]:
-    """What is wrong with a file of data, or the files in a directory. The thing's facts and title tell of it then."""
-    findings, _ = look(thing)
-    yield from findings
-
-
 def look(thing: Thing) -> tuple[list[Finding], Survey | None]:
     """The findings about data, and what was counted (None for data that `prepare` made, which is not text)."""
     if thing.facts.get("made_by"):

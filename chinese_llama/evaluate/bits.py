@@ -199,14 +199,6 @@ def score(
     return Scores(nats, *counts, texts.length, texts.stride, texts.context)
 
 
-def evaluate_text(
-    model: Any, tokenizer: Any, texts: Iterable[str], stride: int | None = None, window: int | None = None
-) -> dict[str, Any]:
-    """Figures of a model on documents, in windows as long as it reads (see `window_length`)."""
-    length = window_length(getattr(model.config, "max_position_embeddings", None), window)
-    return score(model, text_windows(tokenizer, texts, length, stride), tokenizer.eos_token_id).figures()
-
-
 def _batches(todo: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
     """Windows of about equal length, `batch_tokens` tokens at a time."""
     batch: list[Window] = []

@@ -38,7 +38,6 @@ def _characters(ranges: tuple[tuple[int, int], ...]) -> str:
 
 
 CHINESE = re.compile(f"[{_characters(RANGES)}]")
-RUN = re.compile(f"[{_characters(RANGES)}]+")
 _MARKS = f"[{_characters(MARKS)}{SHARED}]"
 CLAUSE = re.compile(f"{_MARKS}?[{_characters(LETTERS)}]+|{_MARKS}+")
 _PIECE = re.compile(f"[{SHARED}]*{CHINESE.pattern}[{_characters(RANGES)}{SHARED}]*")

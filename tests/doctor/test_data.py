@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chinese_llama.doctor import data, survey
-from chinese_llama.doctor.data import check_data, check_data_together, check_unknown, look
+from chinese_llama.doctor.data import check_data_together, check_unknown, look
 from chinese_llama.doctor.finding import Finding
 from chinese_llama.doctor.things import Thing, recognise
 from chinese_llama.resources import PACKAGE
@@ -41,7 +41,7 @@ def write(file: Path, records: list[Any]) -> Path:
 
 
 def findings(path: Path) -> dict[str, Finding]:
-    return {finding.check: finding for finding in check_data(recognise(path))}
+    return {finding.check: finding for finding in look(recognise(path))[0]}
 
 
 def documents(tmp_path: Path, *more: str) -> dict[str, Finding]:
@@ -142,7 +142,7 @@ def test_no_content_stops_it(content: bytes, suffix: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / (f"a.txt{suffix}" if suffix == ".gz" else f"a{suffix}")
         path.write_bytes(gzip.compress(content) if suffix == ".gz" else content)
-        found = list(check_data(Thing(path, "data", "")))
+        found = look(Thing(path, "data", ""))[0]
         assert all(one.what and one.where == str(path) for one in found)
         assert found or content.strip()
 
@@ -165,7 +165,7 @@ def test_no_record_stops_it(records: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "a.jsonl"
         path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
-        list(check_data(Thing(path, "data", "")))
+        look(Thing(path, "data", ""))[0]
 
 
 def test_a_list_that_is_too_large_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_a_list_that_is_too_large_for_memory(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_directory_without_data(tmp_path: Path) -> None:
-    assert next(check_data(Thing(tmp_path, "data", ""))).check == "data-not-readable"
+    assert look(Thing(tmp_path, "data", ""))[0][0].check == "data-not-readable"
 
 
 def test_large_data_are_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_large_data_are_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(survey, "PIECE", 4_000)
     monkeypatch.setattr(data, "budgets", lambda files: dict.fromkeys(files, 80_000))
     thing = recognise(path)
-    found = {finding.check: finding for finding in check_data(thing)}
+    found = {finding.check: finding for finding in look(thing)[0]}
     assert "pieces of" in found["read-in-part"].evidence[0]
     assert 100 < thing.facts["records"] < 4000
     assert "byte" in found["control-tokens"].evidence[0]

@@ -17,7 +17,6 @@ from chinese_llama.evaluate import bits
 from chinese_llama.evaluate.bits import (
     NotFinite,
     Window,
-    evaluate_text,
     score,
     text_windows,
     window_length,
@@ -27,6 +26,7 @@ from chinese_llama.evaluate.bits import (
 )
 from chinese_llama.model.load import load_model, load_tokenizer
 from tests import tiny
+from tests.evaluate.scoring import evaluate_text
 
 LENGTHS = st.integers(2, 20).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1)))
 LONG = " ".join(tiny.ENGLISH[:12])

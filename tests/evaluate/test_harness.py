@@ -10,13 +10,13 @@ import pytest
 
 from chinese_llama.data.templates import text_ids
 from chinese_llama.errors import BadFile
-from chinese_llama.evaluate.bits import evaluate_text
 from chinese_llama.evaluate.choices import wikitext
 from chinese_llama.evaluate.harness import choice_ids
 from chinese_llama.model.load import load_model, load_tokenizer
 from chinese_llama.vocab.fast import write_tokenizer
 from tests import tiny
 from tests.evaluate import test_choices
+from tests.evaluate.scoring import evaluate_text
 from tests.evaluate.test_choices import letter_id, log_probability
 
 model, reader = test_choices.model, test_choices.reader  # fixtures

@@ -11,12 +11,12 @@ import torch
 
 from chinese_llama.artifacts import Manifest, identity, input_record, write_manifest
 from chinese_llama.errors import BadFile, DoesNotFit, UserError
-from chinese_llama.evaluate.bits import evaluate_text
 from chinese_llama.evaluate.models import Subject, check_subject, open_subject
 from chinese_llama.merging.plan import Step, load
 from chinese_llama.merging.stream import Options, merge
 from chinese_llama.vocab.proto import read_model
 from tests import tiny
+from tests.evaluate.scoring import evaluate_text
 from tests.model.test_adapters import peft_adapter
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]

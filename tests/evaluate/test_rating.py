@@ -11,8 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,19 +22,7 @@ from hypothesis import strategies as st
 from chinese_llama.errors import BadFile, UserError
 from chinese_llama.evaluate.answers import ANSWERS, VOTES, Answered
 from chinese_llama.evaluate.rating import CHOICES, LARGEST, Server, Votes, page, shown
-
-NASTY = "</div></script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-PAIRS = [("北京。", "上海。"), ("《秋》\n\n叶落", NASTY), ("", "x" * 300), ("一", "二"), ("a", "b")]
-
-
-def write(directory: Path, pairs: Any = PAIRS) -> Path:
-    records = [
-        {"number": n, "prompt": f"问题 {n} & <b>", "answers": dict(zip("AB", pair, strict=False))}
-        for n, pair in enumerate(pairs, 1)
-    ]
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    (directory / ANSWERS).write_text(text, encoding="utf-8")
-    return directory
+from tests.evaluate.rated import write
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
@@ -174,16 +160,6 @@ def test_votes_on_other_answers_are_told(record: Any, tmp_path: Path) -> None:
 
 
 # --- the server
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    with Server(Votes(write(tmp_path)), 0) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
 
 
 def ask(

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chinese_llama.evaluate.answers import VOTES, Answered
-from chinese_llama.evaluate.rating import Server, Votes, page, shown
-from tests.evaluate.test_rating import NASTY, PAIRS, write
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    with Server(Votes(write(tmp_path)), 0) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
+from chinese_llama.evaluate.rating import Server, page, shown
+from tests.evaluate.rated import NASTY, PAIRS
 
 
 def find(browser: Any, selector: str) -> list[Any]:
