@@ -245,8 +245,8 @@ def serve(directory: Path, port: int) -> None:
     """Serve the page of a directory of answers until Ctrl-C; then print the tally. Raises UserError."""
     votes = Votes(directory)
     with Server(votes, port) as server:
-        print(f"Vote at {server.url} (votes are kept in {votes.file}; Ctrl-C ends this)", flush=True)
         try:
+            print(f"Vote at {server.url} (votes are kept in {votes.file}; Ctrl-C ends this)", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
             print()
