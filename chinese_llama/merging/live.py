@@ -38,8 +38,10 @@ def live(model: Any, adapter: Adapter) -> Any:
     mode. Raises DoesNotFit for what PEFT cannot load."""
     from peft import PeftModel
 
+    from chinese_llama.model.lean import lean
+
     try:
-        return PeftModel.from_pretrained(model, str(adapter.path)).eval()
+        return lean(PeftModel.from_pretrained(model, str(adapter.path)).eval())
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         what = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise DoesNotFit(f"{adapter.path} cannot be put on the base ({what}).") from error

@@ -11,6 +11,7 @@ from chinese_llama.merging.live import bake_in, grow
 from chinese_llama.merging.plan import Adapter, Step, check_lineage, load
 from chinese_llama.merging.stream import Options, merge
 from chinese_llama.model.adapters import whole_rows
+from chinese_llama.model.lean import lean
 from chinese_llama.model.load import check_pair, check_tokenizer, first_new_id, load_model
 from chinese_llama.model.lora import add_lora, continue_lora, lora_config
 from chinese_llama.model.shards import Weights
@@ -47,7 +48,7 @@ def build(recipe: Recipe[Any], adapters: list[Adapter], tokenizer: Any, argument
     check_pair(model, tokenizer, fields.model_name_or_path)
     model.config.use_cache = False
     if going_on:
-        return continue_lora(model, going_on)
+        return lean(continue_lora(model, going_on))
     first = first_new_id(fields.model_name_or_path, fields.tokenizer)
     config = lora_config(
         model,
@@ -60,7 +61,7 @@ def build(recipe: Recipe[Any], adapters: list[Adapter], tokenizer: Any, argument
         use_rslora=fields.use_rslora,
         use_dora=fields.use_dora,
     )
-    return add_lora(model, config)
+    return lean(add_lora(model, config))
 
 
 def adopt(fields: Fields) -> None:

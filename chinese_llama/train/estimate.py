@@ -31,7 +31,8 @@ class Settings:
 
     `dtype`: of the frozen weights that are not quantised; `half`: whether the forward pass runs under
     autocast in 16 bits. `batch`: sequences in a micro batch, `block`: tokens of each.
-    `sharding`: none (also data parallel), zero2, zero3 or fsdp, over `processes`.
+    `sharding`: none (also data parallel), zero2, zero3 or fsdp, over `processes`. `logits`: how many of them are
+    there at once (chinese_llama.model.rows.LOGITS).
     """
 
     dtype: str = "bfloat16"
@@ -49,6 +50,7 @@ class Settings:
     optim: str = "adamw_torch_fused"
     processes: int = 1
     sharding: str = "none"
+    logits: int = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def estimate(config: Mapping[str, Any], settings: Settings) -> Estimate:
     """The memory of a training step of the model that `config` (its config.json, LLaMA's fields) describes.
 
     Gradients are counted throughout, as from the second micro batch of a step on. Of the moments that can
-    be the fullest - the loss, the backward pass of lm_head, that of one layer - the largest is counted.
+    be the fullest - the loss, the backward pass of one layer - the larger is counted.
     """
     model = _Model(config, settings)
     sizes = model.trainable()
@@ -126,7 +128,6 @@ def estimate(config: Mapping[str, Any], settings: Settings) -> Estimate:
     for part in SHARDED[settings.sharding]:
         if part != "frozen weights" or not model.quantized:
             parts[part] = math.ceil(parts[part] / settings.processes)
-    parts["frozen weights"] += model.originals()
     if settings.sharding == "none" and settings.processes > 1:
         parts["gradient buckets"] = 4 * trainable
     parts["activations"] = model.kept()
@@ -178,26 +179,22 @@ class _Model:
         self.quantized = settings.quantization != "none"
         self.stored = BYTES[settings.dtype]  # of a number in a frozen weight
         self.compute = 2 if settings.half else self.stored
-        # the residual stream: PEFT casts single rows to the frozen weights' type, whole matrices stay float32
-        self.residual = 4 if settings.embeddings == "full" else self.stored
+        self.trained_rows = {"new-rows": settings.new_rows, "full": self.rows, "frozen": 0}[
+            settings.embeddings
+        ]
 
     def trainable(self) -> list[int]:
         """Numbers of each tensor that trains; they are float32."""
         s, sizes = self.settings, []
         for inputs, outputs, _ in self.targets.values():
             sizes += [s.rank * inputs, s.rank * outputs, *([outputs] if s.dora else [])]
-        rows = {"new-rows": s.new_rows, "full": self.rows, "frozen": 0}[s.embeddings]
-        return sizes * self.layers + [rows * self.hidden] * (self.matrices if rows else 0)
+        rows = [self.trained_rows * self.hidden] * (self.matrices if self.trained_rows else 0)
+        return sizes * self.layers + rows
 
     def frozen(self) -> int:
         """The base; PEFT keeps it whole beside matrices that train."""
         rest = self.matrices * self.matrix + (2 * self.layers + 1) * self.hidden  # the vocabulary, norms
         return rest * self.stored + self.layers * self.layer_weights()
-
-    def originals(self) -> int:
-        """What the rows that train were: PEFT keeps it in buffers, which are never divided."""
-        rows = self.settings.new_rows if self.settings.embeddings == "new-rows" else 0
-        return 4 * self.matrices * rows * self.hidden
 
     def layer_weights(self) -> int:
         """The linear weights of one layer. nf4 (QLoRA, arXiv 2305.14314): 64 numbers share a scale of one byte,
@@ -218,29 +215,30 @@ class _Model:
         """What the forward pass keeps for the backward pass, the logits aside."""
         layer = self.layer()
         if self.settings.checkpointing:
-            layer = self.residual * self.hidden
+            layer = self.stored * self.hidden
             if self.settings.quantization == "int8":  # bitsandbytes holds on to what its layers are given
                 layer += self.compute * (2 * self.hidden + self.wide + self.inner)
-        top = 4 * self.hidden + 2 * self.dim * self.residual + self.settings.block  # norm, angles, mask
-        if self.settings.embeddings != "frozen":
-            top += self.compute * self.hidden  # what lm_head is given
+        top = (
+            self.stored * self.hidden + 4 + 2 * self.dim * self.stored + self.settings.block
+        )  # norm, angles, mask
+        top += self.stored * self.hidden  # the gradient for what lm_head is given
         return self.tokens * (self.layers * layer + top)
 
     def layer(self) -> int:
-        """What one layer keeps of each token: what both norms are given, in float32; query, key and value
+        """What one layer keeps of each token: what both norms are given, and its scale; query, key and value
         (as many as heads), the sum of attention, its softmax' denominators and the token's row of the mask;
         three products of the MLP; what LoRA is given."""
         product = (
-            4 if self.quantized and self.residual == 4 else self.compute
+            4 if self.quantized and self.stored == 4 else self.compute
         )  # bitsandbytes answers in its input's type
         attention = (4 * self.wide + self.settings.block) * self.compute + 4 * self.heads
-        return 8 * self.hidden + attention + 3 * self.inner * product + self._lora()
+        return 2 * (self.stored * self.hidden + 4) + attention + 3 * self.inner * product + self._lora()
 
     def _lora(self) -> int:
         """What LoRA's A and B are given of each token. After dropout, or where autocast has to cast, each A
         has an input of its own; else those with the same input share it."""
         s, total = self.settings, 0
-        own = s.dropout or (s.half and (not self.quantized or self.residual == 4))
+        own = s.dropout or (s.half and (self.stored == 4 or (s.dora and not self.quantized)))
         for inputs, outputs, _ in self.targets.values():
             total += s.rank * self.compute
             total += inputs * self.compute if own else 0
@@ -253,14 +251,8 @@ class _Model:
         return total + sum(shared.values()) * self.compute
 
     def copies(self) -> int:
-        """Copies of weights that are kept for the backward pass: lm_head with its new rows put in, which PEFT
-        makes in every forward pass, and what autocast casts."""
-        s = self.settings
-        cast = s.half and (s.embeddings == "full" or self.stored == 4)
-        total = self.compute * self.matrix if cast or s.embeddings == "new-rows" else 0
-        if s.embeddings == "new-rows" and self.stored < 4:
-            total += self.stored * self.matrices * s.new_rows * self.hidden
-        return total + (0 if s.checkpointing else self.layers * self._layer_copies())
+        """Copies of weights that are kept for the backward pass: what autocast casts."""
+        return 0 if self.settings.checkpointing else self.layers * self._layer_copies()
 
     def _layer_copies(self) -> int:
         """Those of one layer: LoRA, and weights in float32, in 16 bits; DoRA after dropout takes every weight."""
@@ -274,12 +266,18 @@ class _Model:
 
     def moments(self) -> list[dict[str, int]]:
         """What is there for a while only, at each of the moments that may be the fullest."""
-        s, logits = self.settings, self.tokens * self.rows
-        row = {"new-rows": self.stored, "full": 4, "frozen": 0}[s.embeddings]
-        # in float32: the logarithms of the probabilities, their gradient, and the gradient of the logits
-        loss = {"logits": 12 * logits}
-        head = {"logits": self.compute * logits, "gradient of lm_head": row * self.matrix}
-        casts = 8 if s.half else 4  # gradients, and what is cast to float32 on the way
+        s = self.settings
+        logits = min(self.tokens, max(1, s.logits // self.rows)) * self.rows
+        rows, cast = self.trained_rows * self.hidden, self.compute if s.half else 0
+        # float32 are the logarithms of the probabilities, and in half precision what they are made from; later the
+        # products are there that are added to the rows' gradient
+        loss = {
+            "logits": self.compute * logits + max((8 if s.half else 4) * logits, cast * rows),
+            "gradient of rows": 4 * rows,
+            "rows in half precision": cast * (self.matrix if self.stored == 4 else rows),
+            "what lm_head is given": self.stored * self.hidden * self.tokens,
+        }
+        casts = 4 if not s.half else 8 if s.dora or not s.checkpointing else 2  # gradients and casts
         layer = {"one layer": casts * self.inner * self.tokens}
         if s.checkpointing:
             layer["one layer"] += self.layer() * self.tokens + self._layer_copies()
@@ -290,6 +288,11 @@ class _Model:
             layer["a weight in full"] = self.compute * widest
         if s.sharding in ("fsdp", "zero3"):
             whole = self.stored * self.matrix
-            for moment, size in ((loss, whole), (head, whole), (layer, whole + 2 * self.layer_weights())):
+            for moment, size in ((loss, whole), (layer, whole + 2 * self.layer_weights())):
                 moment["gathered weights"] = size  # lm_head; of the layers, this one and the next
-        return [loss, head, layer]
+        if self.matrices == 2:
+            return [loss, layer]
+        layer["gradient of rows"] = (
+            4 * rows
+        )  # it waits for that of the embedding; activations are gone by then
+        return [loss, layer, {"gradients of rows": 12 * rows - self.kept() - self.copies()}]
