@@ -3,7 +3,8 @@
 - Vocabulary rows that train are looked up and multiplied beside the frozen matrix (chinese_llama.model.rows); PEFT puts
   them into a copy of it in every pass.
 - In training, a forward pass with labels gives a loss and no logits.
-- LoRA takes its input as it is, without a cast to float32 and back, and its product is added inside a matrix product.
+- LoRA takes its input as it is, without a cast to float32 and back, and its product is added inside a matrix product;
+  it and the MLPs keep next to nothing for the backward pass (chinese_llama.model.frugal).
 - Norms are PyTorch's own: one kernel on a GPU, which keeps its input and no float32 copies.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from chinese_llama.model.frugal import add_lora_product, gated, remember, swiglu
 from chinese_llama.model.rows import Head, split_cross_entropy, split_logits, split_lookup
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # logits are lm_head of the last hidden states, and no more
@@ -33,9 +35,13 @@ def lean(lora: Any) -> Any:
             module.forward = _lora_forward(module, module.forward)
     if model.config.model_type not in PLAIN:
         return lora
+    # layers of bitsandbytes' int8 hold on to what they are given, and would to what that was made of
+    note = _no_note if getattr(model, "is_loaded_in_8bit", False) else remember
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = _norm_forward(module)
+            module.forward = _norm_forward(module, module.forward, note)
+        if model.config.hidden_act == "silu" and hasattr(module, "gate_proj"):
+            module.forward = _mlp_forward(module, module.forward, note)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, TrainableTokensWrapper):
         _let_go_of_originals(embedding.token_adapter)
@@ -141,32 +147,46 @@ def _is_plain_lora(module: Any) -> bool:
 
 
 def _lora_forward(layer: Any, plain: Forward) -> Forward:
-    """LoRA (arXiv 2106.09685): x W' + s dropout(x) A' B'; the scale is put on the narrow product."""
-
     @functools.wraps(plain)
     def forward(x: Any, *rest: Any, **named: Any) -> Any:
         names = [name for name in layer.active_adapters if name in layer.lora_A]
-        half = torch.is_autocast_enabled(x.device.type)
-        if rest or named or layer.disable_adapters or layer.merged or len(names) != 1:
+        odd = rest or named or layer.disable_adapters or layer.merged or len(names) != 1
+        if odd or torch.compiler.is_compiling():  # which fuses what PEFT writes
             return plain(x, *rest, **named)
         (name,) = names
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        if not half and x.dtype != a.dtype:
+        if not torch.is_autocast_enabled(x.device.type) and x.dtype != a.dtype:
             return plain(x)
-        result = layer.base_layer(x)
-        narrow = functional.linear(layer.lora_dropout[name](x), a) * layer.scaling[name]
-        if result.dtype != narrow.dtype:
-            return result + functional.linear(narrow, b)
-        wide = torch.addmm(result.flatten(0, -2), narrow.flatten(0, -2), b.t().to(narrow.dtype))
-        return wide.view(result.shape)
+        dropout = layer.lora_dropout[name]
+        share = dropout.p if layer.training and isinstance(dropout, torch.nn.Dropout) else 0.0
+        return add_lora_product(layer.base_layer(x), x, a, b, layer.scaling[name], share)
 
     return forward
 
 
-def _norm_forward(norm: Any) -> Forward:
+def _no_note(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+def _mlp_forward(mlp: Any, plain: Forward, note: Forward) -> Forward:
+    def forward(x: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return plain(x)
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        return mlp.down_proj(note(gated(gate, up), swiglu, gate, up))
+
+    return forward
+
+
+def _norm_forward(norm: Any, plain: Forward, note: Forward) -> Forward:
+    def normed(hidden: Any) -> Any:
+        return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
     def forward(hidden: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return plain(hidden)
         with torch.autocast(hidden.device.type, enabled=False):  # which would make it float32
-            return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+            return note(normed(hidden), normed, hidden)
 
     return forward
 

@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from chinese_llama.data.templates import IGNORE
 
-
 LOGITS = {"cuda": 1 << 26, "cpu": 1 << 23}  # logits that are there at once; on a CPU its cache holds no more
 
 

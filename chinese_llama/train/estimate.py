@@ -227,24 +227,25 @@ class _Model:
     def layer(self) -> int:
         """What one layer keeps of each token: what both norms are given, and its scale; query, key and value
         (as many as heads), the sum of attention, its softmax' denominators and the token's row of the mask;
-        three products of the MLP; what LoRA is given."""
+        two products of the MLP; what LoRA is given."""
         product = (
             4 if self.quantized and self.stored == 4 else self.compute
         )  # bitsandbytes answers in its input's type
         attention = (4 * self.wide + self.settings.block) * self.compute + 4 * self.heads
-        return 2 * (self.stored * self.hidden + 4) + attention + 3 * self.inner * product + self._lora()
+        return 2 * (self.stored * self.hidden + 4) + attention + 2 * self.inner * product + self._lora()
 
     def _lora(self) -> int:
-        """What LoRA's A and B are given of each token. After dropout, or where autocast has to cast, each A
-        has an input of its own; else those with the same input share it."""
+        """What LoRA's B is given of each token; what A is given is made again from what is there. DoRA is PEFT's: after
+        dropout, or where autocast has to cast, each A has an input of its own; else those with the same input share it.
+        """
         s, total = self.settings, 0
-        own = s.dropout or (s.half and (self.stored == 4 or (s.dora and not self.quantized)))
+        own = s.dora and (s.dropout or (s.half and (self.stored == 4 or not self.quantized)))
         for inputs, outputs, _ in self.targets.values():
             total += s.rank * self.compute
             total += inputs * self.compute if own else 0
-            total += inputs if s.dropout else 0  # the mask, a byte each
-            total += 2 * outputs * self.compute if s.dora else 0  # what the magnitude multiplies
-        sharing = self.linear if s.quantization == "int8" else {} if own else self.targets
+            if s.dora:  # the mask, a byte each, and what the magnitude multiplies
+                total += inputs * s.dropout + 2 * outputs * self.compute
+        sharing = self.linear if s.quantization == "int8" else self.targets if s.dora and not own else {}
         shared = {
             given: inputs for inputs, _, given in sharing.values() if given != "heads"
         }  # attention keeps its sum
@@ -277,8 +278,9 @@ class _Model:
             "rows in half precision": cast * (self.matrix if self.stored == 4 else rows),
             "what lm_head is given": self.stored * self.hidden * self.tokens,
         }
-        casts = 4 if not s.half else 8 if s.dora or not s.checkpointing else 2  # gradients and casts
-        layer = {"one layer": casts * self.inner * self.tokens}
+        layer = {
+            "one layer": (6 if s.half else 14) * self.inner * self.tokens
+        }  # gradients, and what they are made of
         if s.checkpointing:
             layer["one layer"] += self.layer() * self.tokens + self._layer_copies()
         widest = max(i * o for i, o, _ in self.linear.values())
