@@ -1,10 +1,10 @@
 """What `merge` costs, beside `cp` and PEFT: seconds, peak memory, and the error against float64.
 
-    python -m benchmarks.merge --work DIR
+    python -m benchmarks merge
 
 makes a LLaMA of 1.3B parameters with random weights (float16, shards of 1 GB, 2.69 GB) and two adapters in the
 published layout: "plus" (r=8, alpha=32, all seven projections, both vocabulary matrices whole, 49,953 rows) and
-"alpaca" (r=64, alpha=128, 49,954 rows). Everything runs in processes of its own; the best of `--repeat` runs is told.
+"alpaca" (r=64, alpha=128, 49,954 rows). Everything runs in processes of its own, in turns; medians of `--rounds`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.record import (
+    COPY,
+    COSTS,
+    OUT,
+    Measured,
+    costs,
+    in_turns,
+    markdown,
+    measured,
+    options_of,
+    record,
+)
+
 SIZES = {  # hidden, intermediate, layers
     "tiny": (256, 688, 4),
     "1.3b": (2048, 5504, 24),
@@ -31,98 +41,66 @@ ROWS, PLUS, ALPACA = 32_000, 49_953, 49_954
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "out" / "merge")
+def main(argv: list[str]) -> None:
+    parser = options_of(__doc__)
+    parser.add_argument("--work", type=Path, default=OUT / "merge")
     parser.add_argument("--size", choices=sorted(SIZES), default="1.3b")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="also with a dropped page cache (needs root)")
     parser.add_argument("--peft", action="store_true", help="also PEFT's merge_and_unload in sequence")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--only", choices=("make", "peft"), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
     work = options.work.resolve()
     if options.only:
         (make if options.only == "make" else by_peft)(work, options.size)
         return
     work.mkdir(parents=True, exist_ok=True)
+    only = [sys.executable, "-m", "benchmarks", "merge", "--work", work, "--size", options.size, "--only"]
     if not (work / "alpaca" / "adapter_config.json").is_file():
-        run(
-            [
-                sys.executable,
-                "-m",
-                "benchmarks.merge",
-                "--only",
-                "make",
-                "--work",
-                str(work),
-                "--size",
-                options.size,
-            ]
-        )
-    print(table(work, options))
+        measured([*only, "make"])
+    errors: dict[str, str] = {}
+    ways = {
+        name: partial(merged, name, command, work, errors)
+        for name, command in commands(options, [*only, "peft"]).items()
+    }
+    rows = costs(in_turns(ways, options.rounds), next(iter(ways)))
+    size = sum(file.stat().st_size for file in (work / "base").iterdir())
+    lines = [[*row, errors.get(row[0], "")] for row in rows]
+    notes = f"Base: {options.size}, {size / 1e9:.2f} GB. Medians of {options.rounds} rounds."
+    record("merge", markdown([*COSTS, "against float64"], lines), notes, options.results)
 
 
-def table(work: Path, options: argparse.Namespace) -> str:
-    """Every command, best of the runs; the runs of different commands take turns."""
+def commands(options: argparse.Namespace, peft: list[str | Path]) -> dict[str, list[str | Path]]:
+    """What is measured; each writes work/out. Those named "cold" begin with a dropped page cache."""
     tool = [sys.executable, "-m", "chinese_llama", "merge", "--base", "base", "--loras", "plus,alpaca"]
-    commands: dict[str, tuple[list[str], bool]] = {
-        "cp of the base": (["cp", "-r", "base", "out"], False),
-        "merge --no-verify": ([*tool, "--output", "out", "--no-verify"], False),
-        "merge --no-verify --workers 1": ([*tool, "--output", "out", "--no-verify", "--workers", "1"], False),
-        "merge": ([*tool, "--output", "out"], False),
+    tool += ["--output", "out"]
+    found: dict[str, list[str | Path]] = {
+        "cp of the base, flushed": [*COPY],
+        "cp of the base": ["cp", "-r", "base", "out"],
+        "merge --no-verify": [*tool, "--no-verify"],
+        "merge --no-verify --workers 1": [*tool, "--no-verify", "--workers", "1"],
+        "merge": [*tool],
     }
     if options.cold:
-        cold = ["sh", "-c", "cp -r base out && sync -f out"]
-        commands["cp of the base, cold, synced"] = (cold, True)
-        commands["merge --no-verify, cold, synced"] = ([*tool, "--output", "out", "--no-verify"], True)
+        found |= {"cp of the base, flushed, cold": [*COPY]}
+        found |= {"merge --no-verify, cold": [*tool, "--no-verify"]}
     if options.peft:
-        peft = [sys.executable, "-m", "benchmarks.merge", "--only", "peft", "--work", str(work)]
-        commands["PEFT merge_and_unload in sequence"] = ([*peft, "--size", options.size], False)
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
-    errors: dict[str, str] = {}
-    for _ in range(options.repeat):
-        for name, (command, cold_cache) in commands.items():
-            shutil.rmtree(work / "out", ignore_errors=True)
-            os.sync()
-            if cold_cache:
-                Path("/proc/sys/vm/drop_caches").write_text("1")
-            else:
-                warm(work)
-            found[name].append(run(command, work))
-            if name not in errors and not name.startswith("cp"):
-                errors[name] = against_float64(work)
-    lines = ["| | seconds (all runs) | peak MiB | against float64 |", "| --- | --- | --- | --- |"]
-    for name, runs in found.items():
-        seconds = ", ".join(f"{s:.1f}" for s, _ in runs)
-        best = min(runs)
-        lines.append(
-            f"| {name} | **{best[0]:.1f}** ({seconds}) | {max(m for _, m in runs):,} | {errors.get(name, '')} |"
-        )
-    size = sum(file.stat().st_size for file in (work / "base").iterdir())
-    header = f"{options.size}, base {size / 1e9:.2f} GB, {os.cpu_count()} processors ({platform.processor() or platform.machine()})"
-    return "\n".join([header, "", *lines])
+        found |= {"PEFT merge_and_unload in sequence": peft}
+    return found
 
 
-def run(command: list[str], work: Path = ROOT) -> tuple[float, int]:
-    """Run a command; return its seconds and its peak memory in MiB."""
-    code = "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]).returncode; "
-    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(r)"
-    start = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command],
-        cwd=work,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return seconds, int(done.stdout.split()[-1]) // 1024
+def merged(name: str, command: list[str | Path], work: Path, errors: dict[str, str]) -> Measured:
+    """One run; the first one's result is compared with float64, into `errors`."""
+    shutil.rmtree(work / "out", ignore_errors=True)
+    os.sync()
+    if name.endswith("cold"):
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+    else:
+        warm(work)
+    found = measured(command, work)
+    if name not in errors and not name.startswith("cp"):
+        errors[name] = against_float64(work)
+    return found
 
 
 def warm(work: Path) -> None:
@@ -223,7 +201,3 @@ def _place(numbers: Any) -> Any:
 
     bits = numbers.view(torch.int16).int()
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
-
-
-if __name__ == "__main__":
-    main()

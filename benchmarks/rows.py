@@ -1,18 +1,17 @@
 """How new rows start, and what it is worth: every method of `extend-model --init` on a small LLaMA.
 
-    python -m benchmarks.rows --data ../shared/data --work benchmarks/out/rows
+    python -m benchmarks rows --data DATA
 
 `--data` is a folder with base-proxy/ (a small LLaMA pretrained on English, with the LLaMA tokenizer),
 zh_pretrain.jsonl.gz and en_pretrain.jsonl.gz. The base gets the shipped Chinese pieces; each method's model
 is trained by recipes/pt_lora.py with the same settings, data and seeds, at a constant learning rate, so
 that a figure at a step does not depend on the number of steps. The control is the base itself, which
 reads Chinese with its own pieces, on blocks that hold as many characters. What is there already is not made
-again, so the command may be stopped, and given again with more seeds. Prints Markdown; draws WORK/rows.png.
+again, so the command may be stopped, and given again with more seeds. Draws WORK/rows.png.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -26,13 +25,13 @@ from typing import Any
 import torch
 
 from benchmarks.real_run import is_held_out, records
+from benchmarks.record import OUT, ROOT, markdown, options_of, record
 from chinese_llama.data.formats import documents
 from chinese_llama.data.templates import text_ids
 from chinese_llama.model.load import load_model, load_tokenizer
 from chinese_llama.model.resize import extend_model
 from chinese_llama.vocab.merge import extend_vocab
 
-ROOT = Path(__file__).resolve().parents[1]
 CONTROL = "no extension"
 METHODS = ("mean-resizing", "asymmetric", "subword-mean", CONTROL, "random", "distill")
 SHOWN = (0, 50, 200, 1000)  # steps
@@ -66,26 +65,25 @@ save_steps: 500
 ROWS = "embedding_learning_rate: 2e-4\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str]) -> None:
+    parser = options_of(__doc__)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "out" / "rows")
+    parser.add_argument("--work", type=Path, default=OUT / "rows")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=1, help="blocks a step")
     parser.add_argument("--block", type=int, default=128, help="tokens a block")
-    parser.add_argument("--table", action="store_true", help="only print what is there")
-    options = parser.parse_args()
+    parser.add_argument("--table", action="store_true", help="only tell what is there")
+    options = parser.parse_args(argv)
     options.work = options.work.resolve()
     if not options.table:
         prepare(options)
         for seed in options.seeds:
             for method in options.methods:
                 train(method, seed, options)
-    print(table(options.work, options.methods, options.steps))
+    notes = "Chinese in bits per character, English in bits per byte; mean over the seeds, ± half the range."
+    record("rows", table(options.work, options.methods, options.steps), notes, options.results)
     picture(options.work, options.methods, options.steps)
 
 
@@ -203,15 +201,9 @@ def table(work: Path, methods: Iterable[str], steps: int) -> str:
     shown = sorted({step for step in (*SHOWN, steps) if step <= steps})
     every = {method: figures(work, method, steps) for method in methods}
     goal = every.get("mean-resizing", {}).get(steps)
-    heads = [f"{name}, step {step}" for name in ("zh", "en") for step in shown]
-    lines = [
-        "Chinese in bits per character, English in bits per byte; mean over the seeds, ± half the range.",
-        "",
-        "| rows start as | seeds | on new ids (en, step 0) | "
-        + " | ".join(heads)
-        + f" | step that reaches mean-resizing's {steps} |",
-        "| --- |" + " ---: |" * (len(heads) + 3),
-    ]
+    header = ["rows start as", "seeds", "on new ids (en, step 0)"]
+    header += [f"{name}, step {step}" for name in ("zh", "en") for step in shown]
+    lines = []
     for method, found in every.items():
         share = work / f"{method}.share.json"
         cells = [
@@ -221,8 +213,8 @@ def table(work: Path, methods: Iterable[str], steps: int) -> str:
             *(spread(found.get(step, []), name) for name in ("zh", "en") for step in shown),
             str(reached(found, statistics.fmean(run["zh"] for run in goal))) if goal and found else "",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown([*header, f"step that reaches mean-resizing's {steps}"], lines)
 
 
 def spread(runs: list[dict[str, float]], name: str) -> str:
@@ -253,7 +245,3 @@ def picture(work: Path, methods: Iterable[str], steps: int) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(work / "rows.png", dpi=110)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,39 +1,38 @@
 """How much text a token holds, on sources that the choice of pieces has not seen; how fast it is.
 
-    python -m benchmarks.vocab --data ../shared/data
+    python -m benchmarks vocab --data DATA
 
 `--data` is a folder with tokenizers/llama/tokenizer.model, tokenizers/chinese_sp.model,
 zh_pretrain.jsonl.gz, alpaca_zh.jsonl.gz, preference_zh.jsonl.gz and en_pretrain.jsonl.gz. Each
 group of sources is held out in turn: pieces are chosen on the others and measured on it, in non-ASCII
 characters per token that holds at least one. Then the time of each command's work is set against the
-tokenizers library's `encode_batch` on the same text. Prints Markdown; some minutes on two cores.
+tokenizers library's `encode_batch` on the same text. Some minutes on two cores.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
-import subprocess
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from benchmarks.record import ROOT, in_turns, markdown, measured, options_of, ratio, record
 from chinese_llama.data.formats import texts
 from chinese_llama.vocab import audit, merge
 from chinese_llama.vocab.bases import open_base
 from chinese_llama.vocab.corpus import read_corpus
 from chinese_llama.vocab.proto import read_chinese
 from chinese_llama.vocab.readers import open_readers
-from chinese_llama.vocab.report import table
 from chinese_llama.vocab.select import select
 
-ROOT = Path(__file__).resolve().parents[1]
 FILES = ("zh_pretrain", "alpaca_zh", "preference_zh")
 FOLDS = {
     "instructions": ("alpaca_zh", "preference_zh"),
@@ -51,16 +50,14 @@ FOLDS = {
 SIZES = (39_936, 49_953, 55_296)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str]) -> None:
+    parser = options_of(__doc__)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as made:
-        work = Path(made)
-        print(f"\n{held_out(options.data, work)}\n", flush=True)
-        print(f"\n{speed(options.data, work)}\n", flush=True)
+        tables = f"{held_out(options.data, Path(made))}\n\n{speed(options.data, Path(made))}"
+    notes = "Non-ASCII characters per token that holds at least one, on held-out sources; then the commands."
+    record("vocab", tables, notes, options.results)
 
 
 def by_source(data: Path) -> dict[str, list[str]]:
@@ -102,7 +99,7 @@ def held_out(data: Path, work: Path) -> str:
                 base.write(Path(made), pieces, None)
                 measure("chinese_sp.model and the other sources", Path(made))
     lines = [[name, f"{size:,}", *figures] for (name, size), figures in rows.items()]
-    return table(["tokenizer", "pieces", *FOLDS], lines)
+    return markdown(["tokenizer", "pieces", *FOLDS], lines)
 
 
 def speed(data: Path, work: Path) -> str:
@@ -116,7 +113,7 @@ def speed(data: Path, work: Path) -> str:
         ["extend-vocab, from chinese_sp.model", *command([*extend, "--output", made])],
         ["extend-vocab --corpus (both Chinese files)", *command([*extend, *corpus, "--output", again])],
     ]
-    commands = table(["command", "seconds", "peak resident memory, MiB"], rows)
+    commands = markdown(["command", "seconds", "peak resident memory, MiB"], rows)
     documents = list(texts(zh[0]))
     size = sum(len(text.encode()) for text in documents) / 1e6
     new, other = open_readers(Path(made))
@@ -127,10 +124,13 @@ def speed(data: Path, work: Path) -> str:
         "audit-vocab: both readers, the base, all checks": lambda: audit.compare(documents, new, other, base),
         "audit-vocab without a base": lambda: audit.compare(documents, new, other, None),
     }
-    best = {name: min(seconds(way) for _ in range(3)) for name, way in ways.items()}
-    first = next(iter(best.values()))
-    lines = [[name, f"{size / s:.1f}", f"{first / s:.2f}"] for name, s in best.items()]
-    return commands + "\n\n" + table(["zh_pretrain, 23.7 MB", "MB/s", "of encode_batch"], lines)
+    times = in_turns({name: partial(seconds, way) for name, way in ways.items()}, 3)
+    first = times["`encode_batch` of tokenizers"]
+    lines = [
+        [name, f"{size / statistics.median(found):.1f}", f"{ratio(first, found):.2f}"]
+        for name, found in times.items()
+    ]
+    return commands + "\n\n" + markdown([f"zh_pretrain, {size:.1f} MB", "MB/s", "of encode_batch"], lines)
 
 
 def batches(documents: list[str]) -> Iterator[list[str]]:
@@ -145,20 +145,6 @@ def seconds(way: Callable[[], Any]) -> float:
 
 
 def command(words: list[str]) -> list[str]:
-    """[seconds, MiB] of a command in a fresh process."""
-    code = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr); "
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)"
-    )
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code, sys.executable, "-m", "chinese_llama", *words],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return [f"{time.perf_counter() - start:.1f}", done.stdout.strip()]
-
-
-if __name__ == "__main__":
-    main()
+    """[seconds, MiB] of a command of the tool."""
+    done = measured([sys.executable, "-m", "chinese_llama", *words])
+    return [f"{done.seconds:.1f}", f"{done.peak_mib:,.0f}"]

@@ -9,7 +9,7 @@ from typing import Any
 from chinese_llama.adapt.subjects import Measured
 from chinese_llama.artifacts import Manifest, read_manifest
 from chinese_llama.hub import local
-from chinese_llama.train.callbacks import LOG, read_log
+from chinese_llama.train.log import LOG, read_log
 from chinese_llama.vocab import report as vocab_report
 from chinese_llama.workspace import Workspace
 

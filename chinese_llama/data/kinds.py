@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,14 +67,10 @@ class Documents:
     def collect(self, items: list[str], ordinals: list[int], encoded: Any) -> Encoded:
         lengths = np.fromiter(map(len, encoded), np.int64, len(items)) + 2
         ends = lengths.cumsum()
-        total = int(lengths.sum())
-        ids: Array = np.empty(total, np.int32)
-        inner: Array = np.ones(total, bool)
-        for token, places in ((self.bos, ends - lengths), (self.eos, ends - 1)):
-            ids[places] = token
-            inner[places] = False
-        texts = chain.from_iterable(encoding.ids for encoding in encoded)
-        ids[inner] = np.fromiter(texts, np.int32, total - 2 * len(items))
+        ids: Array = np.empty(int(lengths.sum()), np.int32)
+        ids[ends - lengths], ids[ends - 1] = self.bos, self.eos
+        for encoding, end, length in zip(encoded, ends.tolist(), lengths.tolist(), strict=True):
+            ids[end - length + 1 : end - 1] = array("I", encoding.ids)  # twice as fast as numpy from a list
         sizes = sum(map(len, items)), sum(len(text.encode()) for text in items)
         return Encoded(Parts(ids, lengths, np.array(ordinals, np.int64)), len(items), *sizes)
 

@@ -133,7 +133,7 @@ def _table(blocks: Blocks, number: int) -> pyarrow.Table:
         "input_ids": _lists(parts.ids, blocks.tokens),
         "lengths": _lists(parts.lengths.astype(np.int32), blocks.counts),
         "documents": _lists(parts.documents, blocks.counts),
-        "source": pyarrow.array(np.full(len(blocks.tokens), number, np.int32)),
+        "source": _array(np.full(len(blocks.tokens), number, np.int32)),
     }
     if parts.learnt is not None:
         columns["learnt"] = _lists(parts.learnt, blocks.tokens)
@@ -142,7 +142,14 @@ def _table(blocks: Blocks, number: int) -> pyarrow.Table:
 
 def _lists(values: Array, lengths: Array) -> pyarrow.ListArray:
     offsets: Array = np.append(0, lengths.cumsum()).astype(np.int32)
-    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(values))
+    return pyarrow.ListArray.from_arrays(_array(offsets), _array(values))
+
+
+def _array(values: Array) -> pyarrow.Array:
+    """`values` as they lie in memory, bool in bits. (pyarrow.array would import pandas, where it is installed.)"""
+    kind = pyarrow.from_numpy_dtype(values.dtype)
+    raw = np.packbits(values, bitorder="little") if values.dtype == bool else np.ascontiguousarray(values)
+    return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(raw)])
 
 
 def _write(path: Path, content: Any) -> None:

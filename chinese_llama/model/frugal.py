@@ -60,7 +60,7 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 def _mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     generator = torch.Generator(x.device).manual_seed(seed)
-    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout, generator=generator)
+    return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator)
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -78,7 +78,7 @@ class _LoraProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             a16, b16 = a.to(result.dtype), b.to(result.dtype)
-            given = (x * _mask(x, dropout, seed) if dropout else x).to(result.dtype)
+            given = (_mask(x, dropout, seed).mul_(x) if dropout else x).to(result.dtype)
             factor = scale / (1 - dropout)
             narrow = functional.linear(given.flatten(0, -2), a16) * factor
             wide = torch.addmm(result.flatten(0, -2), narrow, b16.t())

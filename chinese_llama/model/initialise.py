@@ -10,8 +10,9 @@ import torch
 Parts = Sequence[Sequence[int]]
 Side = Literal["input", "output", "tied"]
 SEED = 20_000
-PUSH = 4.0  # with 2, new ids keep 0.3 % of the probability on English in benchmarks/rows.py
+PUSH = 4.0  # with 2, new ids keep 0.3 % of the probability on English (python -m benchmarks rows)
 NOISE = 0.1
+NOISY = 256  # rows of noise made at once; torch draws 16 numbers at a time, so a multiple of 16
 
 
 def new_rows(method: str, old: torch.Tensor, parts: Parts, side: Side) -> torch.Tensor:
@@ -61,19 +62,29 @@ def _asymmetric(old: torch.Tensor, parts: Parts, side: Side) -> torch.Tensor:
     if side == "output":
         rows = _weighted(old, parts, lambda count: range(count, 0, -1))
         has = torch.tensor([len(ids) > 0 for ids in parts])
-        rows = rows + PUSH * (rows[has].mean(0) - old.mean(0)) if has.any() else rows
+        if has.any():
+            rows += PUSH * ((rows if has.all() else rows[has]).mean(0) - old.mean(0))
         return _told_apart(rows, old, parts)
     rows = _weighted(old, parts, lambda count: range(1, count + 1))
     norms = rows.norm(dim=1, keepdim=True)
-    rows = rows * (old.norm(dim=1).median() / norms.clamp(min=torch.finfo(torch.float32).tiny))
+    rows *= old.norm(dim=1).median() / norms.clamp(min=torch.finfo(torch.float32).tiny)
     return _told_apart(rows, old, parts)
 
 
 def _told_apart(rows: torch.Tensor, old: torch.Tensor, parts: Parts) -> torch.Tensor:
-    """`rows`, with a little noise (NOISE of the old rows' spread) in those of pieces that repeat one part."""
-    alike = torch.tensor([len(ids) > 1 and len(set(ids)) == 1 for ids in parts], dtype=torch.bool)
-    noise = torch.randn(rows.shape, generator=_generator()) * (NOISE * old.std())
-    return torch.where(alike[:, None], rows + noise, rows)
+    """`rows`, with a little noise (NOISE of the old rows' spread) in those of pieces that repeat one part.
+
+    The noise is that of a matrix as large as `rows`, made a few rows at a time; it ends after the last that is used.
+    """
+    alike = [index for index, ids in enumerate(parts) if len(ids) > 1 and len(set(ids)) == 1]
+    if not alike:
+        return rows
+    generator, scale = _generator(), NOISE * old.std()
+    for start in range(0, alike[-1] + 1, NOISY):
+        noise = torch.randn(min(NOISY, len(rows) - start), rows.shape[1], generator=generator) * scale
+        for index in (index for index in alike if start <= index < start + NOISY):
+            rows[index] += noise[index - start]
+    return rows
 
 
 def _weighted(old: torch.Tensor, parts: Parts, weights: Callable[[int], Sequence[float]]) -> torch.Tensor:

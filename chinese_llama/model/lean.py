@@ -55,6 +55,7 @@ def lean(lora: Any) -> Any:
     if getattr(getattr(head, "original_module", head), "bias", None) is None:
         head.forward = _head_forward(_Rows(head), head.forward)
         model.forward = _loss_forward(model, model.forward)
+        model.counts_learnt = True
     return lora
 
 
@@ -110,7 +111,7 @@ def _head_forward(rows: _Rows, plain: Forward) -> Forward:
     @functools.wraps(plain)
     def forward(hidden: Any, *rest: Any, labels: Any = None, **named: Any) -> Any:
         if labels is not None:
-            return _loss(hidden, labels, rows.head, *rows.tensors(), **named)
+            return _loss()(hidden, labels, rows.head, *rows.tensors(), **named)
         if rows.tokens is None or not rows.usual():
             return plain(hidden, *rest, **named)
         return split_logits(hidden, rows.head, *rows.tensors())
@@ -118,7 +119,11 @@ def _head_forward(rows: _Rows, plain: Forward) -> Forward:
     return forward
 
 
-_loss = torch.compiler.disable(split_cross_entropy)
+@functools.cache
+def _loss() -> Forward:
+    return torch.compiler.disable(
+        split_cross_entropy
+    )  # a loop; asked for here, for it takes a second to import
 
 
 def _loss_forward(model: Any, plain: Forward) -> Forward:

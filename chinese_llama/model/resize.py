@@ -14,11 +14,30 @@ from typing import Any
 
 import torch
 
-from chinese_llama.artifacts import Keep, Manifest, input_record, read_manifest, stands, write_manifest
+from chinese_llama.artifacts import (
+    Keep,
+    Manifest,
+    hash_ahead,
+    identity,
+    input_record,
+    read_manifest,
+    stands,
+    write_manifest,
+)
 from chinese_llama.directories import MANIFEST, new_directory, write_text
 from chinese_llama.errors import DoesNotFit, UserError
 from chinese_llama.model.initialise import METHODS, Side, new_rows
-from chinese_llama.model.shards import EMBED, HEAD, Change, Changed, Weights, read_json, save_shards
+from chinese_llama.model.shards import (
+    EMBED,
+    HEAD,
+    Change,
+    Changed,
+    Weights,
+    blocks,
+    copy_unchanged,
+    read_json,
+    save_shards,
+)
 from chinese_llama.vocab.bases import before_extension
 from chinese_llama.vocab.fast import FILES as TOKENIZER_FILES
 from chinese_llama.vocab.fast import write_tokenizer
@@ -51,24 +70,24 @@ def extend_model(
     """
     _check_settings(init, pad_to_multiple_of, corpus)
     source = Weights(base)
+    hash_ahead([base, tokenizer, *corpus])
     reader = open_readers(tokenizer)[0]
     old_size = base_vocab_size(base, tokenizer, reader)
     _check_rows(source, base, old_size)
     rows = -(-len(reader.pieces) // pad_to_multiple_of) * pad_to_multiple_of
+    inputs = {"base": base, "tokenizer": tokenizer}
+    inputs |= {f"corpus:{index}": path for index, path in enumerate(corpus)}
     manifest = Manifest(
         "model",
         "extend-model",
-        inputs={
-            "base": input_record(base),
-            "tokenizer": input_record(tokenizer),
-            **{f"corpus:{index}": input_record(path) for index, path in enumerate(corpus)},
-        },
         settings={"init": init, "pad_to_multiple_of": pad_to_multiple_of},
         vocab_size=len(reader.pieces),
         metrics={"base_vocab_size": old_size, "rows": rows},
     )
-    if keep and stands(output, manifest, force, keep):
-        return read_manifest(output) or manifest
+    if keep:
+        manifest.inputs = _records(inputs)
+        if stands(output, manifest, force, keep):
+            return read_manifest(output) or manifest
     parts = decompose(tokenizer, reader, old_size, rows)
     changes = {
         name: _initialised(source, name, old_size, DEFAULT if init == DISTILL else init, parts)
@@ -77,14 +96,22 @@ def extend_model(
     }
     if init == DISTILL:
         manifest.metrics |= _distilled(source, changes, tokenizer, corpus, old_size, parts)
-    with new_directory(output, force, manifest.places()) as partial:
+    with new_directory(output, force, inputs.values()) as partial:
         copy_other_files(base, partial)
         copy_tokenizer(tokenizer, partial)
         config = {**source.config(), "vocab_size": rows}
         write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-        known = save_shards(Changed(source, changes), partial, "extending")
+        model = Changed(source, changes)
+        copied = copy_unchanged(model, source, partial)
+        known = save_shards(model, partial, "extending", done={name: {} for name in copied})
+        known |= {name: {"sha256": identity(file)} for name, file in copied.items()}  # hashed in the meantime
+        manifest.inputs = _records(inputs)
         write_manifest(partial, manifest, known)
     return manifest
+
+
+def _records(inputs: dict[str, Path]) -> dict[str, dict[str, str]]:
+    return {role: input_record(path) for role, path in inputs.items()}
 
 
 def _check_settings(init: str, pad_to_multiple_of: int, corpus: Sequence[Path]) -> None:
@@ -153,7 +180,10 @@ def _initialised(source: Weights, name: str, old_size: int, init: str, parts: li
     side: Side = "tied" if HEAD not in source else "output" if name == HEAD else "input"
 
     def make() -> torch.Tensor:
-        return new_rows(init, source.load(name)[:old_size], parts, side)
+        old = torch.empty(old_size, source.meta(name)[0][1])
+        for _, start, stop in blocks(source, [name]):
+            old[start:stop] = source.rows(name, start, min(stop, old_size))
+        return new_rows(init, old, parts, side)
 
     return _grown(source, name, old_size, len(parts), make)
 

@@ -155,12 +155,13 @@ class _Nats(torch.autograd.Function):
                 scores = logits[: len(given)]
                 for span, weight in parts:
                     torch.mm(given, weight.t(), out=scores[:, span.start : span.stop])
-                total += _nats(scores, targets, exact)
+                nats, gradient = _nats(scores, targets, exact)
+                total += nats
                 if for_hidden is not None:
-                    for_hidden[here] = _back(scores, parts)
+                    for_hidden[here] = _back(gradient, parts)
                     for_hidden[here].masked_fill_((targets == IGNORE)[:, None], 0)
                 if for_rows is not None:
-                    _add_rows(for_rows, scores, given.masked_fill((targets == IGNORE)[:, None], 0), parts)
+                    _add_rows(for_rows, gradient, given.masked_fill((targets == IGNORE)[:, None], 0), parts)
         ctx.gradients = for_hidden, for_rows, rows.dtype if rows is not None else None
         return total
 
@@ -179,15 +180,17 @@ class _Nats(torch.autograd.Function):
         return for_hidden, None if for_rows is None else for_rows.to(dtype), None, None, None, None, None
 
 
-def _nats(scores: torch.Tensor, targets: torch.Tensor, exact: torch.dtype) -> torch.Tensor:
-    """The sum of the negative log-likelihoods of `targets` [tokens]; logits `scores` [tokens, vocabulary] become its
-    gradient (where a target is IGNORE, they do not count, and their gradient is not used)."""
+def _nats(
+    scores: torch.Tensor, targets: torch.Tensor, exact: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the negative log-likelihoods of `targets` [tokens] by logits `scores` [tokens, vocabulary], and its
+    gradient for those (where a target is IGNORE, it does not count, and the gradient is not to be used). `scores` are
+    used up."""
     logs = torch.log_softmax(scores, -1, dtype=exact)
     index = targets.clamp(min=0)[:, None]
     nats = -logs.gather(1, index)[:, 0].masked_fill(targets == IGNORE, 0).sum()
     logs.exp_().scatter_add_(1, index, logs.new_full(index.shape, -1))
-    scores.copy_(logs)
-    return nats
+    return nats, logs if logs.dtype == scores.dtype else scores.copy_(logs)
 
 
 def _back(gradient: torch.Tensor, parts: list[tuple[Span, torch.Tensor]]) -> torch.Tensor:

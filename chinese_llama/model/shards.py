@@ -21,13 +21,14 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from chinese_llama.directories import write_text
+from chinese_llama.directories import disk_is_full, write_text
 from chinese_llama.errors import BadFile
 from chinese_llama.model.tensors import Meta, SafetensorsWriter, TensorFile, nbytes, open_tensors, raw
 from chinese_llama.progress import track
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK = 1 << 18  # numbers in a block: half a MB in half precision, which stays in the processor's cache
+PIECE = 32 << 20  # bytes of a file that are copied at once
 T = TypeVar("T")
 R = TypeVar("R")
 Block = tuple[str, int, int]  # name, first row, row behind the last
@@ -302,6 +303,53 @@ def save_shards(
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_text(output / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
     return known
+
+
+def copy_unchanged(model: Changed, source: Weights, output: Path) -> dict[str, Path]:
+    """Copy the files of `source` that `save_shards` of `model` would write with the same bytes; return the original
+    of each."""
+    copied: dict[str, Path] = {}
+    parts = model.parts()
+    for number, (file, names) in enumerate(zip(source.shards, parts, strict=True), 1):
+        target = output / shard_name(number, len(parts))
+        if not model.changes.keys() & set(names) and _would_be_written(source, file, names, target):
+            _copy(file, target)
+            copied[target.name] = file
+    return copied
+
+
+def _would_be_written(source: Weights, file: Path, names: list[str], target: Path) -> bool:
+    """Whether `file` begins with the bytes that a file of `names` gets (and `target` then holds), data following."""
+    with SafetensorsWriter(target, {name: source.meta(name) for name in names}, hashlib.sha256()):
+        head = target.read_bytes()
+    size = len(head) + sum(nbytes(*source.meta(name)) for name in names)
+    with open(file, "rb") as stream:
+        return stream.read(len(head)) == head and os.fstat(stream.fileno()).st_size == size
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file; the two share their blocks where the file system can do that (btrfs, XFS)."""
+    with open(source, "rb") as old, open(target, "wb") as new:
+        size = os.fstat(old.fileno()).st_size
+        for start in track(range(0, size, PIECE), f"copying {source.name}", -(-size // PIECE), "pieces"):
+            left = min(PIECE, size - start)
+            while left:
+                copied = _some(old.fileno(), new.fileno(), left)
+                if not copied:
+                    raise BadFile(source, "ends too early; was it changed while it was read?")
+                left -= copied
+            if hasattr(os, "posix_fadvise"):  # begin to write, so that the flush at the end finds little
+                os.posix_fadvise(new.fileno(), start, PIECE, os.POSIX_FADV_DONTNEED)
+
+
+def _some(old: int, new: int, count: int) -> int:
+    """Copy up to `count` bytes from where the first handle is to where the second one is; return how many."""
+    try:
+        return os.copy_file_range(old, new, count)
+    except (AttributeError, OSError) as error:  # not on this system; not between these file systems
+        if disk_is_full(error):
+            raise
+        return os.write(new, os.read(old, count))
 
 
 def shard_name(number: int, count: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import resource
 import signal
@@ -17,8 +16,9 @@ from transformers import TrainerCallback
 
 from chinese_llama.directories import write_text
 from chinese_llama.progress import say
+from chinese_llama.train.later import Later
+from chinese_llama.train.log import read_log
 
-LOG = "log.jsonl"
 QUIET = 30.0  # seconds without a line where there is no terminal
 
 
@@ -84,17 +84,6 @@ def _nested(logs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log written by `JsonLog`; [] where there is none."""
-    if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # a kill may cut the last line
-            entries.append(json.loads(line))
-    return entries
-
-
 class Bar(TrainerCallback):
     """One progress bar with the latest loss."""
 
@@ -130,29 +119,40 @@ class Bar(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    Of several processes all stop after the same step; on GPUs one step later, when what they tell each other is there
+    without waiting for it.
+    """
 
     def __init__(self) -> None:
-        self.stopped = False
+        self.stopped = False  # as all processes know
+        self._asked = False
+        self._sent: Later | None = None
         self._before: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.stopped and number == signal.SIGINT:
+        if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stopped = True
+        self._asked = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._handle)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if torch.distributed.is_initialized():  # all processes stop after the same step
-            flag = torch.tensor(int(self.stopped), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.stopped = bool(flag)
+        self.stopped = self._agreed(args.device) if torch.distributed.is_initialized() else self._asked
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True
+
+    def _agreed(self, device: torch.device) -> bool:
+        """Whether any process was asked to stop; on CUDA, before the step that is over now."""
+        flag = torch.full((1,), float(self._asked), device=device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        before, self._sent = self._sent, Later(flag)
+        told = before if flag.is_cuda else self._sent
+        return told is not None and any(told.read())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for number, handler in self._before.items():

@@ -29,6 +29,7 @@ STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "adem
 class Settings:
     """What a run is, as far as memory is concerned.
 
+    With `checkpointing`, one of `every` layers keeps only its input; with `offload`, on the host.
     `dtype`: of the frozen weights that are not quantised; `half`: whether the forward pass runs under
     autocast in 16 bits. `batch`: sequences in a micro batch, `block`: tokens of each.
     `sharding`: none (also data parallel), zero2, zero3 or fsdp, over `processes`. `logits`: how many of them are
@@ -47,6 +48,8 @@ class Settings:
     batch: int = 8
     block: int = 512
     checkpointing: bool = False
+    every: int = 1
+    offload: bool = False
     optim: str = "adamw_torch_fused"
     processes: int = 1
     sharding: str = "none"
@@ -78,6 +81,9 @@ def settings_of(fields: Any, training: Mapping[str, Any], new_rows: int) -> Sett
     `new_rows` are the rows that `embeddings: new-rows` trains in each matrix.
     """
     processes, sharding = _launched()
+    checkpointing = (
+        training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs") or {}
+    )
     dtype = "bfloat16" if fields.dtype == "auto" else fields.dtype
     return Settings(
         dtype=dtype,
@@ -92,6 +98,8 @@ def settings_of(fields: Any, training: Mapping[str, Any], new_rows: int) -> Sett
         batch=training["per_device_train_batch_size"],
         block=fields.length,
         checkpointing=any(training.get(f"{what}_checkpointing") for what in ("gradient", "activation")),
+        every=checkpointing.get("every_n_layers", 1),
+        offload=bool(checkpointing.get("offload")),
         optim=str(training.get("optim", Settings.optim)),
         processes=processes,
         sharding=sharding,
@@ -213,16 +221,16 @@ class _Model:
 
     def kept(self) -> int:
         """What the forward pass keeps for the backward pass, the logits aside."""
-        layer = self.layer()
-        if self.settings.checkpointing:
-            layer = self.stored * self.hidden
-            if self.settings.quantization == "int8":  # bitsandbytes holds on to what its layers are given
-                layer += self.compute * (2 * self.hidden + self.wide + self.inner)
+        held = 0 if self.settings.offload else self.stored * self.hidden
+        if self.settings.quantization == "int8":  # bitsandbytes holds on to what its layers are given
+            held += self.compute * (2 * self.hidden + self.wide + self.inner)
+        again = self.recomputed()
+        layers = again * held + (self.layers - again) * self.layer()
         top = (
             self.stored * self.hidden + 4 + 2 * self.dim * self.stored + self.settings.block
         )  # norm, angles, mask
         top += self.stored * self.hidden  # the gradient for what lm_head is given
-        return self.tokens * (self.layers * layer + top)
+        return self.tokens * (layers + top)
 
     def layer(self) -> int:
         """What one layer keeps of each token: what both norms are given, and its scale; query, key and value
@@ -253,7 +261,11 @@ class _Model:
 
     def copies(self) -> int:
         """Copies of weights that are kept for the backward pass: what autocast casts."""
-        return 0 if self.settings.checkpointing else self.layers * self._layer_copies()
+        return (self.layers - self.recomputed()) * self._layer_copies()
+
+    def recomputed(self) -> int:
+        """Layers of which only the input is kept."""
+        return math.ceil(self.layers / self.settings.every) if self.settings.checkpointing else 0
 
     def _layer_copies(self) -> int:
         """Those of one layer: LoRA, and weights in float32, in 16 bits; DoRA after dropout takes every weight."""
@@ -281,7 +293,7 @@ class _Model:
         layer = {
             "one layer": (6 if s.half else 14) * self.inner * self.tokens
         }  # gradients, and what they are made of
-        if s.checkpointing:
+        if s.checkpointing and (self.layers - 1) % s.every == 0:  # the last one, when all the others are there
             layer["one layer"] += self.layer() * self.tokens + self._layer_copies()
         widest = max(i * o for i, o, _ in self.linear.values())
         if s.dora:  # in float32: the weight, LoRA's product, their sum, and the identity that it is made from

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import importlib.util
 import math
 import os
 from abc import ABC, abstractmethod
@@ -38,9 +41,10 @@ DEFAULTS = {  # of TrainingArguments, for both recipes
     "remove_unused_columns": False,
     "disable_tqdm": True,
     "ddp_find_unused_parameters": False,
+    "ddp_broadcast_buffers": False,  # frozen ones, the same everywhere
     "ddp_timeout": 86_400,  # seconds; the first process packs while the others wait
 }
-NUMBERS = ("int", "float", "<class 'int'>", "<class 'float'>")
+NUMBERS = ("int", "float")
 NOT_TAKEN = {
     "save_only_model": "a run could not be resumed exactly",
     "ignore_data_skip": "a run could not be resumed exactly",
@@ -68,7 +72,7 @@ LEAST = {  # of TrainingArguments' numbers, where less makes no sense
 NEUTRAL = (
     "logging_steps", "per_device_eval_batch_size", "save_steps", "save_total_limit", "eval_steps", "eval_text", "report_to", "run_name", "force", "dry_run",
     "prepared_dir", "keep", "max_regression", "on_regression", "dataloader_num_workers", "dataloader_pin_memory",
-    "logging_nan_inf_filter", "disable_tqdm", "ddp_timeout", "remove_unused_columns",
+    "logging_nan_inf_filter", "disable_tqdm", "ddp_timeout", "remove_unused_columns", "ddp_broadcast_buffers",
 )  # fmt: skip
 
 
@@ -311,9 +315,7 @@ def _base_for_training(found: workspace.Workspace) -> Path:
 
 def _check_training(recipe: str, training: dict[str, Any], fields: Fields) -> None:
     """Raise UserError for a name that TrainingArguments lacks, or that a recipe does not take."""
-    from transformers import TrainingArguments
-
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(TrainingArguments) if f.init}
+    kinds = settings_of_transformers()
     ours = [f.name for f in dataclasses.fields(fields)]
     for name, value in training.items():
         if name not in kinds:
@@ -329,6 +331,26 @@ def _check_training(recipe: str, training: dict[str, Any], fields: Fields) -> No
             raise UserError(f"{recipe}: {name}: {value} is less than {LEAST[name]}.")
 
 
+@functools.cache
+def settings_of_transformers() -> dict[str, str]:
+    """Names and types of what TrainingArguments takes, read from its source: to import it takes seconds."""
+    package = importlib.util.find_spec("transformers")
+    assert package and package.origin
+    tree = ast.parse((Path(package.origin).parent / "training_args.py").read_text(encoding="utf-8"))
+    (body,) = (
+        node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
+    )
+    found = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            options = (
+                {k.arg: k.value for k in node.value.keywords} if isinstance(node.value, ast.Call) else {}
+            )
+            if not isinstance(given := options.get("init"), ast.Constant) or given.value:
+                found[node.target.id] = ast.unparse(node.annotation)
+    return found
+
+
 def training_arguments(recipe: Recipe[Any], directory: Path) -> Any:
     """transformers' TrainingArguments for a run that works in `directory`.
 
@@ -337,9 +359,31 @@ def training_arguments(recipe: Recipe[Any], directory: Path) -> Any:
     from transformers import TrainingArguments
 
     try:
-        arguments = TrainingArguments(**recipe.training, output_dir=str(directory))
+        training = {
+            **recipe.training,
+            "accelerator_config": _beside(recipe.training.get("accelerator_config")),
+        }
+        arguments = TrainingArguments(**training, output_dir=str(directory))
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"{recipe.name}: {str(error).strip().splitlines()[0]}") from error
     if arguments.n_gpu > 1:  # one process trains on one GPU; several GPUs want several processes
         arguments._n_gpu = 1
+    _check_activation(recipe.name, arguments)
     return arguments
+
+
+def _check_activation(recipe: str, arguments: Any) -> None:
+    """Raise UserError for settings of activation checkpointing that would fail in the first step."""
+    given = getattr(arguments, "activation_checkpointing_kwargs", None) or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{recipe}: activation_checkpointing_kwargs: {given!r} is no mapping.")
+    every = given.get("every_n_layers", 1)
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise UserError(f"{recipe}: every_n_layers: {every!r} is not a number of layers, 1 or more.")
+    if given.get("offload") and arguments.device.type == "cpu":
+        raise UserError(f"{recipe}: offload needs a GPU, whose activations are kept by the CPU.")
+
+
+def _beside(given: Any) -> Any:
+    """accelerate's settings as `given`; unless they say otherwise, batches go to the GPU while it works."""
+    return given if isinstance(given, str) else {"non_blocking": True, **(given or {})}

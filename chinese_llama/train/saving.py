@@ -16,8 +16,8 @@ from chinese_llama.model.lora import fingerprint, unmoved
 from chinese_llama.model.resize import copy_tokenizer, save_chat_template
 from chinese_llama.model.shards import read_json
 from chinese_llama.train import page
-from chinese_llama.train.callbacks import LOG, read_log
 from chinese_llama.train.fields import Recipe
+from chinese_llama.train.log import LOG, read_log
 
 START = "start.json"  # in the directory of a run: the fingerprint of what trains, before the first step
 
@@ -52,6 +52,7 @@ def check_trained(state: dict[str, torch.Tensor], directory: Path, steps: int, a
 def save(trainer: Any, recipe: Recipe[Any], manifest: Manifest, directory: Path) -> None:
     """Write the adapter of a finished run to its output directory; to be called by every process."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # of torch.compile
     if not trainer.is_world_process_zero():
         return
     fields, model = recipe.fields, trainer.accelerator.unwrap_model(trainer.model)

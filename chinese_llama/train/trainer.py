@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
-from chinese_llama.artifacts import sha256_file
-from chinese_llama.directories import disk_is_full, sync_tree, write_text
+from chinese_llama.directories import disk_is_full, write_text
 from chinese_llama.errors import UserError
 from chinese_llama.model.lora import group_of
-from chinese_llama.progress import say
+from chinese_llama.train.checkpoints import PREFIX, seal
+from chinese_llama.train.later import Later
 
-FILES = "files.json"  # in a checkpoint: the sha256 of its files, written last
 ROWS = ("embed_tokens", "lm_head")
-UNLOGGED = "unlogged.json"  # and there: the loss since the last line of the log
+UNLOGGED = "unlogged.json"  # in a checkpoint: the loss since the last line of the log
 
 
 class VocabularyTrainer(Trainer):
@@ -40,6 +39,7 @@ class VocabularyTrainer(Trainer):
         self.fields, self.sources = fields, sources
         self.watch = Watch()
         self._restored = False
+        self._work = 0
         self._keep = self.args.save_total_limit
         self.args.save_total_limit = None  # old ones go when the new one is sealed
 
@@ -107,15 +107,23 @@ class VocabularyTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> torch.Tensor:
         documents = inputs.pop("documents", [])
+        if not getattr(self.model.get_base_model(), "counts_learnt", False):
+            inputs.pop("learnt", None)
         loss = super().training_step(model, inputs, *rest, **named)
         self.watch.losses.append((loss, documents))
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        self.check()  # what came before: by now it is computed, so that nothing waits
+        self.check()  # the step before: it is computed by now, so that nothing waits
         self.watch.step(self.state.global_step + 1, grad_norm, scaled=self.accelerator.scaler is not None)
         return grad_norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As transformers has it, but the parameters are counted once, not for every batch."""
+        tokens = inputs["input_ids"].numel()
+        self._work = self._work or super().floating_point_ops(inputs) // tokens
+        return self._work * tokens
 
     def check(self) -> None:
         """Raise UserError if a loss or a gradient was not finite."""
@@ -147,7 +155,7 @@ class VocabularyTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.check()
-        directory = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        directory = Path(self.args.output_dir) / f"{PREFIX}-{self.state.global_step}"
         unlogged = {
             "loss": float(self.accelerator.gather(self._tr_loss.reshape(1)).mean()),
             "since": self._globalstep_last_logged,
@@ -209,32 +217,36 @@ def parameter_groups(model: Any, arguments: Any, fields: Any) -> list[dict[str, 
 
 
 class Watch:
-    """The losses and the gradient norm of the last step, still on their device, and norms before it."""
+    """The losses and the gradient norm of the last step, on their way to the host, and norms before it."""
 
     def __init__(self) -> None:
         self.losses: list[tuple[torch.Tensor, list[Any]]] = []
-        self._last: tuple[int, Any, list[tuple[torch.Tensor, list[Any]]], bool] | None = None
+        self._last: tuple[int, Later, list[list[Any]], bool] | None = None
         self._norms: list[float] = []
 
     def step(self, step: int, grad_norm: Any, scaled: bool) -> None:
         """A step is done. With `scaled` losses (float16) an infinite gradient only skips a step."""
-        self._last, self.losses = (step, grad_norm, self.losses, scaled), []
+        losses, self.losses = self.losses, []
+        figures = [loss.detach().float().reshape(()) for loss, _ in losses]
+        if known := grad_norm is not None and not scaled:
+            norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # FSDP2's
+            figures.append(torch.as_tensor(norm, dtype=torch.float32, device=figures[0].device).reshape(()))
+        self._last = (step, Later(torch.stack(figures)), [documents for _, documents in losses], known)
 
     def bad(self) -> tuple[int, str, list[Any]] | None:
         """(step, what, documents) if the last step was not finite."""
         if self._last is None:
             return None
-        step, grad_norm, losses, scaled = self._last
-        self._last = None
-        for loss, documents in losses:
-            if not torch.isfinite(loss).all():
-                return step, f"The loss is {float(loss)}", documents
-        if grad_norm is None or scaled:
-            return None
-        norm = float(grad_norm)
-        if not math.isfinite(norm):
-            return step, f"The gradient is {norm}", [item for _, documents in losses for item in documents]
-        self._norms = [*self._norms[-50:], norm]
+        (step, later, batches, known), self._last = self._last, None
+        figures = later.read()
+        for loss, documents in zip(figures, batches, strict=False):
+            if not math.isfinite(loss):
+                return step, f"The loss is {loss}", documents
+        if known:
+            norm = figures[-1]
+            if not math.isfinite(norm):
+                return step, f"The gradient is {norm}", [item for documents in batches for item in documents]
+            self._norms = [*self._norms[-50:], norm]
         return None
 
     def grown(self) -> str:
@@ -242,38 +254,3 @@ class Watch:
         if len(self._norms) < 3 or self._norms[-1] < 10 * min(self._norms):
             return ""
         return f"{min(self._norms):.3g} to {self._norms[-1]:.3g}"
-
-
-def seal(checkpoint: Path) -> None:
-    """Write down what a checkpoint's files are, when they are on the disk: from now on it counts as whole."""
-    sync_tree(checkpoint)
-    digests = {file.name: sha256_file(file) for file in checkpoint.iterdir() if file.is_file()}
-    write_text(checkpoint / FILES, json.dumps(digests, indent=1) + "\n")
-
-
-def whole(checkpoint: Path) -> bool:
-    """True for a checkpoint that was sealed and whose files are what they were."""
-    try:
-        digests = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
-        return all(sha256_file(checkpoint / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def sealed_checkpoint(directory: Path) -> str:
-    """The name of the newest checkpoint that was sealed, or ''. Nothing is read or changed: a run may be at work."""
-    found = [file.parent.name for file in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{FILES}")]
-    return max(found, key=lambda name: int(name.rpartition("-")[2]), default="")
-
-
-def last_checkpoint(directory: Path) -> str | None:
-    """The newest whole checkpoint; newer ones that a kill cut, or that were damaged, are moved aside (so the directory
-    has to be this process's alone)."""
-    while directory.is_dir() and (found := get_last_checkpoint(str(directory))):
-        if whole(Path(found)):
-            return found
-        say(f"{found} is not whole; it is passed over.")
-        aside = directory / f"broken-{Path(found).name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        Path(found).rename(aside)
-    return None

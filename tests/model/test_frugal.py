@@ -70,8 +70,8 @@ def test_checkpointing_draws_the_same_mask_again(reentrant: bool) -> None:
         given = operands(6, 8)
         torch.manual_seed(5)
 
-        def product(*operands: Any) -> Any:
-            return add_lora_product(*operands, 2.0, 0.5)
+        def product(result: Any, x: Any, a: Any, b: Any) -> Any:
+            return add_lora_product(result, x, a, b, 2.0, 0.5)
 
         value = checkpoint(product, *given, use_reentrant=reentrant) if again else product(*given)
         value.square().sum().backward()
@@ -105,7 +105,8 @@ def test_nothing_of_the_size_of_the_input_is_kept_but_what_it_is_made_from(dropo
 def test_in_half_precision_parameters_have_gradients_in_float32() -> None:
     result, x, a, b = (tensor.detach() for tensor in operands(4, 6))
     mine = [t.bfloat16().requires_grad_() for t in (result, x)] + [t.float().requires_grad_() for t in (a, b)]
-    found = add_lora_product(*mine, 1.0, 0.0)
+    result, x, a, b = mine
+    found = add_lora_product(result, x, a, b, 1.0, 0.0)
     found.sum().backward()
     assert found.dtype == torch.bfloat16
     assert [t.grad.dtype for t in mine] == [torch.bfloat16] * 2 + [torch.float32] * 2  # type: ignore[union-attr]

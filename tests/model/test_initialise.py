@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chinese_llama.model.initialise import METHODS, PUSH, Side, new_rows
+from chinese_llama.model import initialise
+from chinese_llama.model.initialise import METHODS, NOISE, NOISY, PUSH, SEED, Side, new_rows
 
 ROWS, HIDDEN = 40, 6
 OLD = torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(1)) + 3
@@ -113,6 +114,18 @@ def test_asymmetric_rows_tell_repetitions_apart(side: Side) -> None:
     rows = new_rows("asymmetric", OLD, [[5], [5, 5], [5, 5, 5], [6, 6]], side)
     assert len(torch.unique(rows.to(torch.bfloat16), dim=0)) == 4
     assert torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=0) > 0.8
+
+
+@pytest.mark.parametrize("width", [16, 40])
+def test_the_noise_is_that_of_a_whole_matrix(width: int) -> None:
+    """Made a few rows at a time, it has the bits that it has when it is made at once."""
+    old, count = torch.randn(12, width, generator=torch.Generator().manual_seed(1)), 2 * NOISY + 5
+    parts = [[index % 12] * (1 + index % 3) for index in range(count)]
+    noise = torch.randn(count, width, generator=torch.Generator().manual_seed(SEED)) * (NOISE * old.std())
+    alike = torch.tensor([len(ids) > 1 for ids in parts])
+    quiet = initialise._weighted(old, parts, lambda n: [1.0] * n)
+    found = initialise._told_apart(quiet.clone(), old, parts)
+    assert torch.equal(found, torch.where(alike[:, None], quiet + noise, quiet))
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chinese_llama.artifacts import read_manifest
+from chinese_llama.artifacts import input_record, read_manifest, sha256_file
 from chinese_llama.directories import MANIFEST
 from chinese_llama.errors import BadFile, DoesNotFit, OutputExists, UserError
 from chinese_llama.model.initialise import METHODS, new_rows
@@ -81,6 +81,11 @@ def test_sharded_bases_of_every_precision_are_extended(
     extend_model(source, tokenizer, tmp_path / "out", pad_to_multiple_of=64)
     old, new = sizes(base, tokenizer)
     assert_extends(source, tmp_path / "out", old, -(-new // 64) * 64)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.inputs["base"] == input_record(source)
+    assert {n: r["sha256"] for n, r in manifest.files.items()} == {
+        file.name: sha256_file(file) for file in (tmp_path / "out").glob("*.safetensors")
+    }  # also of files that were only copied
     assert not list((tmp_path / "out").glob("*.bin*"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == dtype
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from chinese_llama.errors import BadFile
-from chinese_llama.model.shards import EMBED, HEAD, Change, Changed, Weights, save_shards
+from chinese_llama.model.shards import EMBED, HEAD, Change, Changed, Weights, copy_unchanged, save_shards
 from tests import tiny
 
 LAYER = "model.layers.0.mlp.up_proj.weight"
@@ -90,6 +92,54 @@ def test_rewrite_keeps_every_bit(base: Path, tmp_path: Path, dtype: torch.dtype,
 @pytest.mark.parametrize("parts", [1, 3])
 def test_rewrite_reads_the_old_bin_format(base: Path, tmp_path: Path, parts: int) -> None:
     assert_round_trip(old_format(base, tmp_path / "source", parts), tmp_path / "output")
+
+
+@pytest.mark.parametrize("system", ["copy_file_range", "none", "not here"])
+def test_files_without_a_change_are_copied_as_they_would_be_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    def not_here(*_: object) -> int:
+        raise OSError(errno.EXDEV, "other file systems")
+
+    if system == "none":
+        monkeypatch.delattr(os, "copy_file_range")
+    elif system == "not here":
+        monkeypatch.setattr(os, "copy_file_range", not_here)
+    weights = Weights(saved(base, tmp_path / "source", torch.float32, "20KB"))
+    shape, dtype = weights.meta(LAYER)
+    new = torch.ones(shape, dtype=dtype)
+    model = Changed(weights, {LAYER: Change(shape, dtype, lambda start, stop: new[start:stop])})
+    for name in ("copied", "written"):
+        (tmp_path / name).mkdir()
+    copied = copy_unchanged(model, weights, tmp_path / "copied")
+    hashes = save_shards(model, tmp_path / "written", "testing")
+    assert len(copied) == len(hashes) - 1 > 1
+    for name, original in copied.items():
+        content = (tmp_path / "written" / name).read_bytes()
+        assert content == original.read_bytes() == (tmp_path / "copied" / name).read_bytes()
+    save_shards(model, tmp_path / "copied", "testing", done={name: {} for name in copied})
+    for name in hashes:
+        assert (tmp_path / "copied" / name).read_bytes() == (tmp_path / "written" / name).read_bytes()
+
+
+def test_files_that_would_get_another_header_are_not_copied(base: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text((base / "config.json").read_text())
+    save_file(
+        load_file(base / "model.safetensors"), source / "model.safetensors", {"format": "pt", "by": "me"}
+    )
+    for weights in (Weights(source), Weights(old_format(base, tmp_path / "old", 2))):
+        assert copy_unchanged(Changed(weights, {}), weights, tmp_path) == {}
+
+
+def test_a_file_that_shrinks_while_it_is_copied(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Weights(saved(base, tmp_path / "source", torch.float32, "5GB"))
+    monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
+    with pytest.raises(BadFile, match="ends too early"):
+        copy_unchanged(Changed(weights, {}), weights, tmp_path)
 
 
 def test_a_tied_model_has_no_head_before_and_after(tied: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from chinese_llama.adapt.launch import recipe
 from chinese_llama.resources import shipped
-from chinese_llama.train.callbacks import read_log
+from chinese_llama.train.log import read_log
 
 QUICK = ["--block_size", "32", "--per_device_train_batch_size", "2", "--logging_steps", "2", "--lora_r", "4"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def test_every_value_of_a_batch(
         if marked:
             row["learnt"] = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
         given_rows.append(row)
-    batch = Collator(SIZE, PAD, across)(given_rows)
+    batch = Collator(SIZE, PAD, across, bounds=True)(given_rows)
+    begins = []
     assert {(batch[name].dtype, tuple(batch[name].shape)) for name in NAMES} == {
         (torch.int64, (len(rows), SIZE))
     }
@@ -78,7 +80,14 @@ def test_every_value_of_a_batch(
         assert batch["labels"][number].tolist() == labels + [IGNORE] * rest
         wanted = list(range(SIZE)) if across else positions + list(range(rest))
         assert batch["position_ids"][number].tolist() == wanted
+        begins += [number * SIZE + place for place, position in enumerate(wanted) if position == 0]
     assert batch["documents"] == [(1, row["documents"]) for row in given_rows]
+    bounds = [*begins, SIZE * len(rows)]
+    longest = max(end - begin for begin, end in pairwise(bounds))
+    for side in "qk":
+        assert batch[f"cu_seq_lens_{side}"].dtype == torch.int32
+        assert batch[f"cu_seq_lens_{side}"].tolist() == bounds
+        assert batch[f"max_length_{side}"] == longest and type(batch[f"max_length_{side}"]) is int
 
 
 def test_rows_from_disk_through_a_data_loader(tokenizer: Path, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
         given = {"new_rows": NEW, "dropout": False, "batch": 2, "block": 64, "logits": 1 << 15, **values}
         chosen = Settings(**given)
         monkeypatch.setitem(LOGITS, "cpu", chosen.logits)
-        place = tiny.write_llama(tmp_path / "base", rows, tied, **SHAPE, **shape)
+        place = tiny.write_llama(tmp_path / "base", rows, tied, **{**SHAPE, **shape})
         model = load_model(place, chosen.dtype, chosen.quantization)
         model.config.use_cache = False
         new = list(range(rows - chosen.new_rows, rows))
@@ -244,6 +244,21 @@ def test_every_part_is_what_is_there(case: dict[str, Any], build: Callable[..., 
         after, peak = run.step()
         assert kept(parts, run) == pytest.approx(after, rel=0.05)
         assert sum(parts.values()) - sum(parts[part] for part in FIXED) == pytest.approx(peak, rel=0.15)
+
+
+def test_of_some_layers_everything_is_kept(build: Callable[..., Run]) -> None:
+    run = build(**LAYER, num_hidden_layers=5, every=3)
+    run.settings = dataclasses.replace(run.settings, checkpointing=True)
+    run.model.get_base_model().gradient_checkpointing_enable(every_n_layers=3)
+    parts = told(run)
+    after, peak = run.step()
+    assert kept(parts, run) == pytest.approx(after, rel=0.05)
+    assert sum(parts.values()) - sum(parts[part] for part in FIXED) == pytest.approx(peak, rel=0.15)
+
+
+def test_what_is_offloaded_is_not_there() -> None:
+    own, offloaded = (parts_of(checkpointing=True, offload=value)["activations"] for value in (False, True))
+    assert own - offloaded == SMALL["num_hidden_layers"] * 8 * 512 * 128 * 2
 
 
 def test_a_quantized_weight_is_once_there_in_full(build: Callable[..., Run]) -> None:
@@ -385,6 +400,10 @@ def test_settings_come_from_a_recipe_and_the_launcher(monkeypatch: pytest.Monkey
         batch=2, block=256, checkpointing=True, optim="sgd",
     )  # fmt: skip
     assert settings_of(fields, training, 7) == expected
+    for name in ("activation", "gradient"):
+        more = {f"{name}_checkpointing_kwargs": {"every_n_layers": 2, "offload": True}}
+        found = settings_of(fields, {**training, **more}, 7)
+        assert found == dataclasses.replace(expected, every=2, offload=True)
     fields = PretrainingFields(dtype="float32", lora_dropout=0.0)
     assert not settings_of(fields, training, 7).half
     assert settings_of(fields, {**training, "bf16": True}, 7).half

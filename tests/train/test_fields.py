@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,14 @@ import pytest
 
 from chinese_llama.errors import UserError
 from chinese_llama.train.fields import DEFAULTS as COMMON
-from chinese_llama.train.fields import PROJECTIONS, PretrainingFields, Recipe, TuningFields, resolve
+from chinese_llama.train.fields import (
+    PROJECTIONS,
+    PretrainingFields,
+    Recipe,
+    TuningFields,
+    resolve,
+    settings_of_transformers,
+)
 from chinese_llama.train.fields import training_arguments as arguments
 from chinese_llama.workspace import FILE
 
@@ -176,3 +186,39 @@ def test_the_adapters_of_a_workspace_belong_to_its_model(here: Path) -> None:
 
 def test_no_is_a_strategy_though_yaml_reads_false(here: Path) -> None:
     assert pretraining(*NEEDED, "--save_strategy", "no").training["save_strategy"] == "no"
+
+
+def test_what_transformers_takes_is_read_from_its_source() -> None:
+    from transformers import TrainingArguments
+
+    wanted = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    found = settings_of_transformers()
+    assert found.keys() == wanted
+    assert found["max_steps"] == "int" and found["learning_rate"] == "float"
+
+
+def test_asking_loads_no_library_that_trains() -> None:
+    """`chinese-llama adapt` asks every stage whether it stands."""
+    code = "import sys, chinese_llama.train.session; print(*{m.partition('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"transformers", "peft", "accelerate", "datasets"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "non_blocking", "even"),
+    [
+        (None, True, True),
+        ({"even_batches": False}, True, False),
+        ({"non_blocking": False}, False, True),
+    ],
+)
+def test_batches_go_to_the_gpu_behind_the_work(
+    given: dict[str, bool] | None, non_blocking: bool, even: bool, tmp_path: Path
+) -> None:
+    training = {"use_cpu": True} if given is None else {"use_cpu": True, "accelerator_config": given}
+    recipe = Recipe("pt_lora", PretrainingFields(), training, None, False)
+    found = arguments(recipe, tmp_path).accelerator_config
+    assert (found.non_blocking, found.even_batches) == (non_blocking, even)
+    assert recipe.training.get("accelerator_config") == given, (
+        "what is kept with the result is what was given"
+    )

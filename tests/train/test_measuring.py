@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from chinese_llama.artifacts import read_manifest
 from chinese_llama.errors import UserError
-from chinese_llama.train.callbacks import read_log
+from chinese_llama.train.log import read_log
 from tests.train.running import losses, pretrain, tensors
 
 

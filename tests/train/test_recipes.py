@@ -15,7 +15,7 @@ from chinese_llama.artifacts import read_manifest
 from chinese_llama.errors import DoesNotFit, OutputExists, UserError
 from chinese_llama.merging.plan import Step, load
 from chinese_llama.merging.stream import merge
-from chinese_llama.train.callbacks import read_log
+from chinese_llama.train.log import read_log
 from tests.train.running import QUICK, pretrain, start, wait_for, words
 
 

@@ -10,8 +10,8 @@ import torch
 
 from chinese_llama.artifacts import read_manifest
 from chinese_llama.errors import DoesNotFit, UserError
-from chinese_llama.train import session, trainer
-from chinese_llama.train.callbacks import read_log
+from chinese_llama.train import course, trainer
+from chinese_llama.train.log import read_log
 from tests.train.running import losses, pretrain, tensors
 
 COMMON = ("--max_steps", "8", "--save_steps", "2", "--logging_steps", "3", "--lr_scheduler_type", "constant")
@@ -53,10 +53,10 @@ def whole(extended: Path, work: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize(
     ("place", "name", "times"),
     [
-        (session, "save", 1),  # after the last checkpoint, before the adapter
+        (course, "save", 1),  # after the last checkpoint, before the adapter
         (trainer, "seal", 3),  # the third checkpoint is written, but not sealed
         (trainer, "rotate_checkpoints", 3),  # just after a checkpoint; between two lines of the log
-        (session, "_metrics", 1),
+        (course, "_metrics", 1),
     ],
 )
 def test_a_run_that_breaks_ends_as_if_it_had_not(
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_zeros_is_passed_over(
     whole: Path, extended: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a power cut leaves: a file of the right size."""
-    broken(session, "save", 1, monkeypatch)
+    broken(course, "save", 1, monkeypatch)
     with pytest.raises(Killed):
         pretrain(extended, work / "zh.jsonl", tmp_path / "a", *COMMON)
     file = tmp_path / "a.run" / "checkpoint-8" / "optimizer.pt"

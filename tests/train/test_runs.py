@@ -14,7 +14,7 @@ from chinese_llama.adapt.launch import recipe
 from chinese_llama.artifacts import read_manifest
 from chinese_llama.errors import UserError
 from chinese_llama.resources import shipped
-from chinese_llama.train.callbacks import read_log
+from chinese_llama.train.log import read_log
 from tests import tiny
 from tests.train.running import losses, pretrain, start, tensors, wait_for, words
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from chinese_llama.artifacts import read_manifest
 from chinese_llama.errors import BadFile, DoesNotFit, UserError
-from chinese_llama.train import session
-from chinese_llama.train.callbacks import read_log
+from chinese_llama.train import course
+from chinese_llama.train.log import read_log
 from tests import tiny
 from tests.train.running import losses, pretrain, tensors
 
@@ -32,7 +32,7 @@ def test_peft_gives_the_logits_that_training_had(
 ) -> None:
     ids = torch.arange(4, 120)[None]
     kept: list[torch.Tensor] = []
-    save = session.save
+    save = course.save
 
     def saving(trainer: Any, *rest: Any) -> None:
         trainer.model.eval()
@@ -40,7 +40,7 @@ def test_peft_gives_the_logits_that_training_had(
             kept.append(trainer.model(ids).logits)
         save(trainer, *rest)
 
-    monkeypatch.setattr(session, "save", saving)
+    monkeypatch.setattr(course, "save", saving)
     out = tmp_path / "a"
     pretrain(
         *(extended, work / "zh.jsonl", out, "--max_steps", "3", "--learning_rate", "1e-2"),

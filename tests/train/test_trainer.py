@@ -14,15 +14,9 @@ from chinese_llama.artifacts import Manifest
 from chinese_llama.model.load import load_model
 from chinese_llama.model.lora import add_lora, lora_config
 from chinese_llama.train import session
+from chinese_llama.train.checkpoints import last_checkpoint, seal, sealed_checkpoint, whole
 from chinese_llama.train.fields import PretrainingFields
-from chinese_llama.train.trainer import (
-    Watch,
-    last_checkpoint,
-    parameter_groups,
-    seal,
-    sealed_checkpoint,
-    whole,
-)
+from chinese_llama.train.trainer import Watch, parameter_groups
 
 ARGUMENTS = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1)
 
