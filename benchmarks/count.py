@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.record import markdown, options_of, record
+from chinese_llama.train.estimate import Settings
 
-LOGITS = 1 << 26  # that ours holds at once on a GPU (chinese_llama.model.rows)
+LOGITS = Settings.logits  # that ours holds at once on a GPU
+
 WAYS = {
     "new-rows": "ours, `embeddings: new-rows`",
     "full": "ours, `embeddings: full`",
@@ -111,6 +113,15 @@ class Step:
             return held + 2 * 4 * trained + 2 * 2 * matrix  # as they were; the copy, and its gradient
         return held + 2 * 2 * matrix
 
+    def kept(self, way: str) -> float:
+        """Bytes that the layers keep for the backward pass: what norms and attention are given and give, products of
+        the MLP; PEFT's way also what each A is given after dropout, its mask, and float32 of what norms are given."""
+        h, i = self.hidden, self.inner
+        layer = 2 * 2 * h + 8 * h + 4 * i
+        if way not in ("new-rows", "full"):
+            layer += 2 * 2 * h + 2 * i + 3 * self.inputs
+        return float(self.tokens * self.layers * layer)
+
     def logits_memory(self, way: str) -> float:
         """Bytes of logits: bfloat16, float32, their logarithms, and in PEFT's way their gradient."""
         whole = self.tokens * self.rows
@@ -132,6 +143,7 @@ def main(argv: Sequence[str]) -> None:
         "MB moved a token: layers, vocabulary",
         "vocabulary, GB held",
         "logits, GB",
+        "layers keep, GB",
         "limit, tokens/s",
         "4N of the matrix rate",
     ]
@@ -150,6 +162,7 @@ def line(step: Step, way: str, rate: float, bandwidth: float) -> list[str]:
         ", ".join(f"{value / 1e6:.1f}" for value in moved),
         f"{step.vocabulary_memory(way) / 1e9:.2f}",
         f"{step.logits_memory(way) / 1e9:.2f}",
+        f"{step.kept(way) / 1e9:.1f}",
         f"{1 / seconds:,.0f}",
         f"{operations['4N'] / seconds / rate:.0%}",
     ]

@@ -5,7 +5,8 @@
 `--data` is a folder with tokenizers/llama/tokenizer.model, zh_pretrain.jsonl.gz and alpaca_zh.jsonl.gz. "Ours" is
 all that happens between a file and prepared blocks on the disk: reading, tokenising, packing, writing,
 flushing, hashing. It stands beside the tokenizers library's encode_batch (and encode_batch_fast, which
-leaves out offsets) on the same texts, which are in memory already, and beside `datasets.map` with a process
+leaves out offsets) on the same texts, which are in memory already (a template's own lines, which ours tokenises
+once, are in each of them), and beside `datasets.map` with a process
 for each hardware thread, as Chinese-LLaMA-Alpaca and LLaMA-Factory prepare data: tokenised in one map,
 brought into blocks in another (for instructions: written with the template and tokenised in one map, not
 packed), in the cache files that datasets keeps. Each in a process of its own, in turns; the clock starts

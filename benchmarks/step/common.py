@@ -138,6 +138,10 @@ class Watch:
         args.logging_first_step = True
         _wait()
         self.loaded = _memory()
+        if _cuda():  # what loading took on the way is not a step's
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.settings.warmup:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,7 @@ def file_conversations(
         try:
             found = found or detected(record)
             conversation = conversation_of(found, record)
-            for text in (text for message in conversation for text in message.values()):
-                valid_unicode(file, line, text)
+            valid_unicode(file, line, "\n".join(chain.from_iterable(map(dict.values, conversation))))
         except (Malformed, BadFile) as error:
             where = "" if line else f"record {number} "
             told = error if isinstance(error, BadFile) else BadFile(file, f"{where}{error}", line)

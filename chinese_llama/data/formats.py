@@ -170,7 +170,7 @@ def _lines(path: Path, bad: Callable[[BadFile], None] | None = None) -> Iterator
 
 def _unpacked(path: Path, raw: BinaryIO) -> Iterable[bytes]:
     if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 17)  # finds lines faster than GzipFile
     if path.suffix == ".zst":
         return io.BufferedReader(_Unzstd(raw))
     return raw

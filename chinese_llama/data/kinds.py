@@ -92,7 +92,7 @@ class Conversations:
         return file_conversations(file, self.format, self.bad_records, left_out)
 
     def size(self, item: list[Message]) -> int:
-        return sum(len(message["content"]) for message in item)
+        return sum([len(message["content"]) for message in item])
 
     def encode(self, items: list[list[Message]]) -> list[Sample]:
         return samples(self.tokenizer, self.template, items)
@@ -110,7 +110,7 @@ class Conversations:
             places.append(ordinal)
             share = len(sample.input_ids) / len(whole.input_ids)
             characters += self.size(messages) * share
-            size += sum(len(message["content"].encode()) for message in messages) * share
+            size += len("".join([message["content"] for message in messages]).encode()) * share
         found = parts([sample.input_ids for sample in kept], places, [sample.labels for sample in kept])
         return Encoded(found, len(kept), round(characters), round(size), dropped)
 

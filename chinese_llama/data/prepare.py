@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import json
 from collections import Counter
@@ -177,7 +178,7 @@ def prepare(job: Job, root: Path, tokenizer: Any) -> Prepared:
     target = Path(root) / _digest(contents)[:16]
     if not target.exists():
         try:
-            with _alone(target.parent):
+            with _alone(target.parent), _swept_apart():
                 if not target.exists():
                     _make(job, contents, target, tokenizer)
         except OSError as error:
@@ -205,6 +206,17 @@ def _alone(root: Path) -> Iterator[None]:
             say(f"{root}: another process prepares data here; waiting for it.")
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _swept_apart() -> Iterator[None]:
+    """Python's garbage collector leaves alone what is there already: PyTorch and transformers alone have 200,000
+    objects, and it would look at all of them for every few thousand conversations."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _make(job: Job, contents: dict[str, Any], target: Path, tokenizer: Any) -> None:

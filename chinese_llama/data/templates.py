@@ -10,9 +10,13 @@ tokenised as generation has it, apart from the answer.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,14 @@ LEAD = "\ue000"  # a private character: in no piece of a vocabulary
 EDGE = "\x1f"  # white space, so that a template's trim takes it away
 FIRST_MARK, LAST_MARK = 0xF0000, 0xFFFFD  # private characters
 MARK = re.compile(f"({EDGE}?[{chr(FIRST_MARK)}-{chr(LAST_MARK)}]{EDGE}?)")
+LINE = re.compile("[^\n]*\n|[^\n]+")
+NORMALIZER = {  # LLaMA's, as the tokenizers library writes it
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+}
 Shape = tuple[tuple[str, ...], ...]
 
 
@@ -41,13 +53,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Segment:
-    """What is tokenised by itself: a control token, or a text in parts, marks where users' texts go.
+    """What is tokenised by itself: a text in parts, marks where users' texts go. `ids` are those of a control
+    token or of a text without marks, which are the same in every conversation.
 
-    `ends`: it ends an answer. `goes_on`: it is the beginning of an answer, and text stands before it.
+    `ends`: it ends an answer. `goes_on`: text stands before it.
     """
 
-    token: int | None
     text: tuple[str, ...]
+    ids: list[int] | None
     learnt: bool
     ends: bool = False
     goes_on: bool = False
@@ -115,7 +128,7 @@ def samples(tokenizer: Any, template: str, conversations: Sequence[list[Message]
     texts: list[tuple[str, bool]] = []
     for messages, layout in zip(conversations, layouts, strict=True):
         contents = [message[name] for message in messages for name in _fields(message)]
-        texts += [(_filled(one.text, contents), one.goes_on) for one in layout if one.token is None]
+        texts += [(_filled(one.text, contents), one.goes_on) for one in layout if one.ids is None]
     ids = _encoded(tokenizer, texts)
     return [_sample(layout, ids) for layout in layouts]
 
@@ -123,7 +136,7 @@ def samples(tokenizer: Any, template: str, conversations: Sequence[list[Message]
 def _sample(layout: list[Segment], texts: Iterator[list[int]]) -> Sample:
     made = Sample([], [])
     for segment in layout:
-        ids = next(texts) if segment.token is None else [segment.token]
+        ids = next(texts) if segment.ids is None else segment.ids
         made.input_ids += ids
         made.labels += ids if segment.learnt else [IGNORE] * len(ids)
         if segment.ends:
@@ -134,11 +147,12 @@ def _sample(layout: list[Segment], texts: Iterator[list[int]]) -> Sample:
 def _encoded(tokenizer: Any, texts: list[tuple[str, bool]]) -> Iterator[list[int]]:
     """Ids of texts, each with whether it goes on after another text: then it gets no dummy prefix, the space
     that SentencePiece puts before a text."""
-    lead = text_ids(tokenizer, LEAD)
+    lead = text_ids(tokenizer, LEAD)  # and the backend takes literal control tokens as text, and cuts nothing
     cut = len(lead) if tokenizer.convert_ids_to_tokens(lead[0]) == "▁" else 0
     given = [LEAD + text if cut and goes_on else text for text, goes_on in texts]
-    for ids, (_, goes_on) in zip(text_ids(tokenizer, given), texts, strict=True):
-        yield ids[cut:] if goes_on else ids
+    found = tokenizer.backend_tokenizer.encode_batch_fast(given, add_special_tokens=False)
+    for encoding, (_, goes_on) in zip(found, texts, strict=True):
+        yield encoding.ids[cut:] if goes_on else encoding.ids
 
 
 def _fields(message: Message) -> list[str]:
@@ -182,7 +196,7 @@ def _layout(tokenizer: Any, template: str, shape: Shape) -> list[Segment]:
         # An answer goes on after its prompt, as in the text as a whole. But after a prompt that ends in a space,
         # published answers are texts of their own, so that SentencePiece's dummy prefix is a second space:
         # ids that apply_chat_template cannot give for an answer in the history.
-        goes_on = bool(segments) and segments[-1].token is None and not prompt.endswith(" ")
+        goes_on = bool(segments and segments[-1].text) and not prompt.endswith(" ")
         segments += _segments(tokenizer, whole[len(prompt) : end.end()], True, goes_on)
         done = end.end()
     return segments + (_segments(tokenizer, whole[done:]) if asks else [])
@@ -205,19 +219,57 @@ def _turn_end(tokenizer: Any, whole: str, message: Message) -> re.Match[str] | N
 
 
 def _segments(tokenizer: Any, text: str, learnt: bool = False, goes_on: bool = False) -> list[Segment]:
-    """What is between control tokens, and those themselves; `learnt`: `text` is an answer to its end."""
+    """What is between control tokens, and those themselves; `learnt`: `text` is an answer to its end.
+
+    Lines without marks are segments of their own, where that does not change ids.
+    """
     controls = _controls(tokenizer)
-    parts = [part for part in _pattern(tokenizer).split(text) if part]
-    return [
-        Segment(
-            token=controls.get(part),
-            text=tuple(piece for piece in MARK.split(part) if piece),
-            learnt=learnt,
-            ends=learnt and number == len(parts),
-            goes_on=goes_on and number == 1,
-        )
-        for number, part in enumerate(parts, 1)
-    ]
+    apart = _lines_apart(tokenizer, len(tokenizer))
+    segments: list[Segment] = []
+    for part in filter(None, _pattern(tokenizer).split(text)):
+        if part in controls:
+            segments.append(Segment((), [controls[part]], learnt))
+        else:
+            lines = groupby(LINE.findall(part) if apart else [part], _marks)
+            for marks, group in lines:
+                piece = "".join(group)
+                ids = None if marks else next(_encoded(tokenizer, [(piece, goes_on)]))
+                parts = tuple(filter(None, MARK.split(piece)))
+                segments.append(Segment(parts, ids, learnt, goes_on=goes_on))
+                goes_on = True
+        goes_on = False
+    if learnt:
+        segments[-1] = dataclasses.replace(segments[-1], ends=True)
+    return segments
+
+
+def _marks(text: str) -> bool:
+    return MARK.search(text) is not None
+
+
+@functools.lru_cache(maxsize=1)
+def _lines_apart(tokenizer: Any, size: int) -> bool:
+    """Whether the ids of a text are those of its lines (each with its line break), one behind the other, whatever the
+    text; `size` is the tokenizer's.
+
+    So it is for LLaMA's: BPE on whole texts, where a line break becomes a byte token, and no piece holds one and
+    something else. No merge reaches over it, and the merges before it do not depend on those behind it.
+    """
+    model, normalizer = tokenizer.backend_tokenizer.model, tokenizer.backend_tokenizer.normalizer
+    if type(model).__name__ != "BPE" or tokenizer.backend_tokenizer.pre_tokenizer or not normalizer:
+        return False
+    if model.dropout or model.ignore_merges or model.continuing_subword_prefix or model.end_of_word_suffix:
+        return False
+    if not all(token.special for token in tokenizer.added_tokens_decoder.values()):
+        return False  # it is looked for in users' texts
+    if json.loads(normalizer.__getstate__()) != NORMALIZER:
+        return False
+    bytes_alone = ["▁", *(f"<0x{byte:02X}>" for byte in f"{LEAD}\n".encode())]
+    if tokenizer.convert_ids_to_tokens(text_ids(tokenizer, f"{LEAD}\n")) != bytes_alone:
+        return False
+    return not any(
+        "\n" in piece or ("<0x" in piece and piece != piece[:6]) for piece in tokenizer.get_vocab()
+    )
 
 
 def _rendered(tokenizer: Any, template: str, messages: list[Message], prompt: bool) -> str:

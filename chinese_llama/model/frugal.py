@@ -37,9 +37,10 @@ def add_lora_product(
     """`result` [..., out] + scale * dropout(x) A' B' (LoRA, arXiv 2106.09685), in the dtype of `result`.
 
     x [..., in], A [rank, in], B [out, rank]; A and B may be float32, and so are their gradients then. The mask of dropout
-    is drawn from a seed that PyTorch's generator of the CPU gives, which checkpoints and recomputation restore.
+    is drawn from a seed that PyTorch's generator of the CPU gives, which checkpoints and recomputation restore; each
+    process has masks of its own, though all were seeded alike.
     """
-    seed = int(torch.randint(1 << 62, ())) if dropout else 0
+    seed = int(torch.randint(1 << 62, ())) + _process() if dropout else 0
     made = getattr(x, "made", None) or Made(_same, (x,))
     return _LoraProduct.apply(result, x, a, b, scale, dropout, seed, made)
 
@@ -52,6 +53,10 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up (arXiv 2002.05202)."""
     return functional.silu(gate) * up
+
+
+def _process() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +84,7 @@ class _LoraProduct(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             a16, b16 = a.to(result.dtype), b.to(result.dtype)
             given = (_mask(x, dropout, seed).mul_(x) if dropout else x).to(result.dtype)
-            factor = scale / (1 - dropout)
+            factor = scale / ((1 - dropout) or 1)  # of 1 nothing is left
             narrow = functional.linear(given.flatten(0, -2), a16) * factor
             wide = torch.addmm(result.flatten(0, -2), narrow, b16.t())
         ctx.save_for_backward(a16, b16, narrow, *made.inputs)

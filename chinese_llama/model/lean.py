@@ -26,7 +26,8 @@ Forward = Callable[..., Any]
 
 def lean(lora: Any) -> Any:
     """`lora` (a PeftModel with one adapter), its forward passes replaced where they are known to be equal; the others
-    stay PEFT's."""
+    stay PEFT's. It is not to be copied from then on (a copy would compute with the parameters of this one), and an
+    adapter that is merged into it stays merged."""
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     model = lora.get_base_model()
@@ -53,8 +54,9 @@ def lean(lora: Any) -> Any:
     elif not (isinstance(head, ModulesToSaveWrapper) or type(head) is torch.nn.Linear):
         return lora  # LoRA on the head, say
     if getattr(getattr(head, "original_module", head), "bias", None) is None:
-        head.forward = _head_forward(_Rows(head), head.forward)
-        model.forward = _loss_forward(model, model.forward)
+        rows = _Rows(head)
+        head.forward = _head_forward(rows, head.forward)
+        model.forward = _loss_forward(model, rows, model.forward)
         model.counts_learnt = True
     return lora
 
@@ -106,12 +108,15 @@ def _in_dtype(plain: Forward, dtype: torch.dtype) -> Forward:
 
 
 def _head_forward(rows: _Rows, plain: Forward) -> Forward:
-    """Logits, or with `labels` the loss. It is the head's own: hooks of FSDP2 and ZeRO-3 gather its weights first."""
+    """Logits, or with `labels` the loss. It is the head's own: hooks that gather its weights come first."""
 
     @functools.wraps(plain)
     def forward(hidden: Any, *rest: Any, labels: Any = None, **named: Any) -> Any:
         if labels is not None:
-            return _loss()(hidden, labels, rows.head, *rows.tensors(), **named)
+            loss = split_cross_entropy
+            if torch.compiler.is_compiling():
+                loss = torch.compiler.disable(loss)  # a loop
+            return loss(hidden, labels, rows.head, *rows.tensors(), **named)
         if rows.tokens is None or not rows.usual():
             return plain(hidden, *rest, **named)
         return split_logits(hidden, rows.head, *rows.tensors())
@@ -119,19 +124,13 @@ def _head_forward(rows: _Rows, plain: Forward) -> Forward:
     return forward
 
 
-@functools.cache
-def _loss() -> Forward:
-    return torch.compiler.disable(
-        split_cross_entropy
-    )  # a loop; asked for here, for it takes a second to import
-
-
-def _loss_forward(model: Any, plain: Forward) -> Forward:
+def _loss_forward(model: Any, rows: _Rows, plain: Forward) -> Forward:
     @functools.wraps(plain)
     def forward(*given: Any, labels: Any = None, **named: Any) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
-        if labels is None or not model.training:
+        more = named.get("output_hidden_states") or named.get("return_dict") is False
+        if labels is None or more or not model.training or not rows.usual():
             named.pop("learnt", None)
             return plain(*given, labels=labels, **named)
         items, learnt = named.pop("num_items_in_batch", None), named.pop("learnt", None)

@@ -64,7 +64,7 @@ def add_lora(model: Any, config: Any) -> Any:
             raise DoesNotFit(f"lora_target_modules: the model has no {target!r}; it has {', '.join(known)}.")
     try:
         lora = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"LoRA: {str(error).strip().splitlines()[0]}") from error
     return _in_float32(lora)
 

@@ -187,7 +187,7 @@ def _nats(
     gradient for those (where a target is IGNORE, it does not count, and the gradient is not to be used). `scores` are
     used up."""
     logs = torch.log_softmax(scores, -1, dtype=exact)
-    index = targets.clamp(min=0)[:, None]
+    index = targets.masked_fill(targets == IGNORE, 0)[:, None]
     nats = -logs.gather(1, index)[:, 0].masked_fill(targets == IGNORE, 0).sum()
     logs.exp_().scatter_add_(1, index, logs.new_full(index.shape, -1))
     return nats, logs if logs.dtype == scores.dtype else scores.copy_(logs)

@@ -349,7 +349,11 @@ def _some(old: int, new: int, count: int) -> int:
     except (AttributeError, OSError) as error:  # not on this system; not between these file systems
         if disk_is_full(error):
             raise
-        return os.write(new, os.read(old, count))
+        read = os.read(old, count)
+        left = memoryview(read)
+        while left:
+            left = left[os.write(new, left) :]
+        return len(read)
 
 
 def shard_name(number: int, count: int) -> str:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from chinese_llama.errors import DoesNotFit, OutputExists
+from chinese_llama.errors import DoesNotFit, OutputExists, UserError
 from chinese_llama.merging.live import bake_in, grow
 from chinese_llama.merging.plan import Adapter, Step, check_lineage, load
 from chinese_llama.merging.stream import Options, merge
@@ -49,6 +49,11 @@ def build(recipe: Recipe[Any], adapters: list[Adapter], tokenizer: Any, argument
     model.config.use_cache = False
     if going_on:
         return lean(continue_lora(model, going_on))
+    divided = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if divided and fields.embeddings == "new-rows" and model.config.tie_word_embeddings:
+        raise UserError(
+            "embeddings: new-rows does not go with FSDP where both matrices are one; take full or frozen, or DDP."
+        )
     first = first_new_id(fields.model_name_or_path, fields.tokenizer)
     config = lora_config(
         model,

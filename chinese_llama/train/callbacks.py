@@ -50,7 +50,7 @@ class JsonLog(TrainerCallback):
         }
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+        if state.is_world_process_zero and logs and "train_loss" not in logs:  # which the last entry has
             seconds = time.monotonic() - self.start
             entry = {"step": state.global_step, "seconds": round(seconds, 3), **_nested(logs)}
             if "loss" in logs:

@@ -48,9 +48,7 @@ def course(
     model = build(recipe, adapters, tokenizer, arguments)
     with arguments.main_process_first(desc="packing"):
         prepared = prepare(job, prepared_root(fields), tokenizer)
-    bounds = not arguments.accelerator_config.dispatch_batches and use_packed(
-        model, arguments.device, fields.dtype
-    )  # rows that one process reads for all are divided, their bounds are not
+    bounds = use_packed(model, arguments.device, fields.dtype)
     trainer, evaluation, stop = _trainer(recipe, model, tokenizer, arguments, prepared, bounds)
     if fields.dry_run:
         dry.run(recipe, trainer, prepared)

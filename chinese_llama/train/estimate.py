@@ -293,7 +293,9 @@ class _Model:
         layer = {
             "one layer": (6 if s.half else 14) * self.inner * self.tokens
         }  # gradients, and what they are made of
-        if s.checkpointing and (self.layers - 1) % s.every == 0:  # the last one, when all the others are there
+        if (
+            s.checkpointing and (self.layers - 1) % s.every == 0
+        ):  # the last one, when all the others are there
             layer["one layer"] += self.layer() * self.tokens + self._layer_copies()
         widest = max(i * o for i, o, _ in self.linear.values())
         if s.dora:  # in float32: the weight, LoRA's product, their sum, and the identity that it is made from

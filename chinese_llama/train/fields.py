@@ -68,6 +68,8 @@ LEAST = {  # of TrainingArguments' numbers, where less makes no sense
     "num_train_epochs": 0,
     "warmup_steps": 0,
 }
+# What Liger must not put in the place of chinese_llama.model.lean's.
+LEANER = dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy", "rms_norm", "swiglu"), False)
 # What may change between a run and its continuation, and does not make another adapter.
 NEUTRAL = (
     "logging_steps", "per_device_eval_batch_size", "save_steps", "save_total_limit", "eval_steps", "eval_text", "report_to", "run_name", "force", "dry_run",
@@ -357,17 +359,22 @@ def training_arguments(recipe: Recipe[Any], directory: Path) -> Any:
     Raises UserError for a value that transformers refuses.
     """
     from transformers import TrainingArguments
+    from transformers.utils import is_liger_kernel_available
 
+    training = dict(recipe.training)
+    if training.get("use_liger_kernel") and not is_liger_kernel_available():
+        raise UserError(f"{recipe.name}: use_liger_kernel needs liger-kernel: pip install liger-kernel.")
     try:
-        training = {
-            **recipe.training,
-            "accelerator_config": _beside(recipe.training.get("accelerator_config")),
-        }
+        training["accelerator_config"] = _beside(training.get("accelerator_config"))
+        if training.get("use_liger_kernel"):
+            training["liger_kernel_config"] = {**(training.get("liger_kernel_config") or {}), **LEANER}
         arguments = TrainingArguments(**training, output_dir=str(directory))
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"{recipe.name}: {str(error).strip().splitlines()[0]}") from error
     if arguments.n_gpu > 1:  # one process trains on one GPU; several GPUs want several processes
         arguments._n_gpu = 1
+    if arguments.accelerator_config.dispatch_batches:
+        raise UserError(f"{recipe.name}: dispatch_batches is not taken: every process reads its own rows.")
     _check_activation(recipe.name, arguments)
     return arguments
 

@@ -113,6 +113,11 @@ class VocabularyTrainer(Trainer):
         self.watch.losses.append((loss, documents))
         return loss
 
+    def _get_num_items_in_batch(self, batches: list[Any], device: torch.device) -> Any:
+        """A step can be without a target, where a corpus ends with a block of single tokens: its loss is 0, not 0 / 0."""
+        items = super()._get_num_items_in_batch(batches, device)
+        return items.clamp(min=1) if torch.is_tensor(items) else items
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
         self.check()  # the step before: it is computed by now, so that nothing waits

@@ -28,7 +28,7 @@ def operands(*shape: int, outputs: int = 5, rank: int = 2) -> list[torch.Tensor]
 @given(
     shape=st.lists(st.integers(1, 4), min_size=2, max_size=3),
     scale=st.floats(0.1, 4),
-    dropout=st.sampled_from([0.0, 0.05, 0.5]),
+    dropout=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
     noted=st.booleans(),
 )
 def test_the_gradients_are_those_of_the_values(

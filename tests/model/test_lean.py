@@ -98,6 +98,8 @@ def test_a_training_pass_gives_no_logits_and_evaluation_does() -> None:
     usual, ours = pair()
     assert ours(**batch()).logits is None
     assert ours(input_ids=batch()["input_ids"]).logits.shape == (3, 12, ROWS)
+    assert len(ours(**batch(), output_hidden_states=True).hidden_states) == SHAPE["num_hidden_layers"] + 1
+    assert len(ours(**batch(), return_dict=False)) >= 2
     evaluated = ours.eval()(**batch(), learnt=5)
     torch.testing.assert_close(evaluated.logits, usual.eval()(**batch()).logits)
     torch.testing.assert_close(evaluated.loss, usual(**batch()).loss)
@@ -109,6 +111,10 @@ def test_off_and_merged_it_is_what_peft_makes_of_it(embeddings: str) -> None:
     ids = batch()["input_ids"]
     with usual.disable_adapter(), ours.disable_adapter():
         assert torch.equal(usual(input_ids=ids).logits, ours(input_ids=ids).logits)
+        losses = [model.train()(**batch()).loss for model in (usual, ours)]
+        torch.testing.assert_close(losses[1], losses[0])
+        for model in (usual, ours):
+            model.eval()
     kept = ours(input_ids=ids).logits
     ours.merge_adapter()
     torch.testing.assert_close(ours(input_ids=ids).logits, kept)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from chinese_llama.data.templates import IGNORE
+from chinese_llama.model.frugal import add_lora_product
 from chinese_llama.model.lean import lean
 from tests.model.test_lean import batch, pair
 
@@ -35,12 +36,22 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 def sharded(model: Any) -> Any:
-    """As accelerate does it: the layers, then the rest."""
+    """As accelerate does it: the layers, the embedding, the last norm with the head, then the rest."""
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.get_base_model().model.layers:
+    base = model.get_base_model()
+    for layer in base.model.layers:
         fully_shard(layer)
+    fully_shard(base.model.embed_tokens)
+    fully_shard([base.model.norm, base.lm_head])
     return fully_shard(model)
+
+
+def dropped() -> torch.Tensor:
+    """What dropout leaves of ones, by the seed that all processes set."""
+    torch.manual_seed(0)
+    one = torch.eye(64)
+    return add_lora_product(torch.zeros(8, 64), torch.ones(8, 64), one, one, 1.0, 0.5)
 
 
 def work(rank: int, port: int, place: str) -> None:
@@ -57,8 +68,7 @@ def work(rank: int, port: int, place: str) -> None:
             for _ in range(2):  # a second micro batch adds up
                 model(**mine, num_items_in_batch=items, learnt=learnt).loss.backward()
             found[f"{embeddings} {divide.__name__}"] = gradients(model)
-    if rank == 0:
-        torch.save(found, place)
+    torch.save((found, dropped()), f"{place}.{rank}")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -67,8 +77,9 @@ def test_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(tmp_path / "found.pt")), nprocs=2)
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    torch.multiprocessing.spawn(work, (port, str(tmp_path / "found")), nprocs=2)
+    (found, mask), (_, other) = (torch.load(tmp_path / f"found.{n}", weights_only=True) for n in (0, 1))
+    assert (mask != other).float().mean() > 0.3, "each process drops something else"
     assert len(found) == 4
     for divided, gradients_of in found.items():
         usual = pair(divided.split()[0])[0]

@@ -256,6 +256,10 @@ def test_of_some_layers_everything_is_kept(build: Callable[..., Run]) -> None:
     assert sum(parts.values()) - sum(parts[part] for part in FIXED) == pytest.approx(peak, rel=0.15)
 
 
+def test_as_many_logits_as_are_there() -> None:
+    assert Settings().logits == LOGITS["cuda"]
+
+
 def test_what_is_offloaded_is_not_there() -> None:
     own, offloaded = (parts_of(checkpointing=True, offload=value)["activations"] for value in (False, True))
     assert own - offloaded == SMALL["num_hidden_layers"] * 8 * 512 * 128 * 2

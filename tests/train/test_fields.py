@@ -222,3 +222,24 @@ def test_batches_go_to_the_gpu_behind_the_work(
     assert recipe.training.get("accelerator_config") == given, (
         "what is kept with the result is what was given"
     )
+
+
+def test_liger_leaves_alone_what_is_leaner_already(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its patches of a model come after ours, and would take their place."""
+    given = [
+        "--use_liger_kernel",
+        "true",
+        "--use_cpu",
+        "true",
+        "--liger_kernel_config",
+        '{"rope": false, "swiglu": true}',
+    ]
+    recipe = pretraining(*NEEDED, *given)
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
+    with pytest.raises(
+        UserError, match="pt_lora: use_liger_kernel needs liger-kernel: pip install liger-kernel"
+    ):
+        arguments(recipe, here)
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: True)
+    off = dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy", "rms_norm", "swiglu"), False)
+    assert arguments(recipe, here).liger_kernel_config == {"rope": False, **off}

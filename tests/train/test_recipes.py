@@ -161,6 +161,18 @@ def test_sources_are_mixed_by_weight(extended: Path, work: Path, tmp_path: Path)
     assert manifest is not None and manifest.settings["weights"] == [0.5, 0.5]
 
 
+def test_a_step_without_a_target_teaches_nothing_and_training_goes_on(
+    extended: Path, work: Path, tmp_path: Path
+) -> None:
+    """A block of single tokens, as the last one of a corpus can be."""
+    made = pretrain(
+        *(extended, work / "zh.jsonl", tmp_path / "a", "--block_size", "2", "--max_steps", "12"),
+        *("--per_device_train_batch_size", "1", "--logging_steps", "1"),
+    )
+    losses = [entry["loss"] for entry in read_log(made / "log.jsonl") if "loss" in entry]
+    assert len(losses) == 12 and losses.count(0) == 1
+
+
 def test_a_log_that_a_kill_cut_is_read(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"ste')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]
@@ -190,3 +202,15 @@ def test_a_tied_base_stays_tied(embeddings: str, tokenizer: Path, work: Path, tm
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, merged(ids).logits, atol=1e-4)
     assert not torch.equal(before, merged.model.embed_tokens.weight)
+
+
+def test_a_compiled_model_gives_the_same_adapter(extended: Path, work: Path, tmp_path: Path) -> None:
+    """Traced, but not made into kernels: those take a minute."""
+    found = []
+    for more in ([], ["--torch_compile", "true", "--torch_compile_backend", "eager"]):
+        place = tmp_path / str(len(more))
+        pretrain(extended, work / "zh.jsonl", place, "--max_steps", "4", "--lora_dropout", "0", *more)
+        found.append(load_file(place / "adapter_model.safetensors"))
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-4, atol=1e-5)

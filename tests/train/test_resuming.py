@@ -12,6 +12,7 @@ from chinese_llama.artifacts import read_manifest
 from chinese_llama.errors import DoesNotFit, UserError
 from chinese_llama.train import course, trainer
 from chinese_llama.train.log import read_log
+from tests import tiny
 from tests.train.running import losses, pretrain, tensors
 
 COMMON = ("--max_steps", "8", "--save_steps", "2", "--logging_steps", "3", "--lr_scheduler_type", "constant")
@@ -132,7 +133,6 @@ def test_an_adapter_goes_on_only_on_its_own_base(
     whole: Path, extended: Path, tokenizer: Path, work: Path, tmp_path: Path
 ) -> None:
     from chinese_llama.model.resize import extend_model
-    from tests import tiny
 
     tiny.write_base(tmp_path / "base", tiny.base_tokenizer(), initializer_range=0.1)
     extend_model(tmp_path / "base", tokenizer, tmp_path / "other")
@@ -177,6 +177,8 @@ def test_a_dora_adapter_goes_on(extended: Path, work: Path, tmp_path: Path) -> N
         (["--lora_alpha", ".nan"], "lora_alpha must be a finite number"),
         (["--max_regression", "en=.nan"], "max_regression: en: nan is not a share"),
         (["--eval_text", "a/b=x.txt"], "must have no slash"),
+        (["--accelerator_config", '{"dispatch_batches": true}'], "dispatch_batches is not taken"),
+        (["--lora_target_modules", "q_proj", "lm_head"], "LoRA: trainable_token_indices cannot be applied"),
         (["--rows_only_steps", "-1"], "rows_only_steps must be a finite number, and not negative"),
     ],
 )
@@ -186,6 +188,16 @@ def test_a_bad_setting_is_one_sentence(
     with pytest.raises(UserError, match=message):
         pretrain(extended, work / "zh.jsonl", tmp_path / "a", "--max_steps", "3", *arguments)
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.run").exists()
+
+
+def test_single_rows_of_tied_matrices_are_not_divided(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 meets them twice, and fails inside PyTorch."""
+    tied = tiny.write_base(tmp_path / "tied", tiny.base_tokenizer(), tied=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="new-rows does not go with FSDP where both matrices are one"):
+        pretrain(tied, work / "zh.jsonl", tmp_path / "a", "--max_steps", "3", "--use_cpu", "true")
 
 
 def test_a_dry_run_refuses_what_the_run_would(extended: Path, work: Path, tmp_path: Path) -> None:

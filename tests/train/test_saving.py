@@ -56,10 +56,16 @@ def test_peft_gives_the_logits_that_training_had(
 
 def test_lora_plus_trains_b_faster(extended: Path, work: Path, tmp_path: Path) -> None:
     out = pretrain(
-        extended, work / "zh.jsonl", tmp_path / "a", "--max_steps", "2", "--loraplus_lr_ratio", "16"
+        *(extended, work / "zh.jsonl", tmp_path / "a", "--max_steps", "2", "--loraplus_lr_ratio", "16"),
+        *(
+            "--include_num_input_tokens_seen",
+            "true",
+        ),  # with which transformers puts its summary into every entry
     )
-    rates = next(e["learning_rates"] for e in read_log(out / "log.jsonl") if "learning_rates" in e)
+    (entry,) = [entry for entry in read_log(out / "log.jsonl") if "loss" in entry]
+    rates = entry["learning_rates"]
     assert rates["lora_B"] == pytest.approx(16 * rates["lora"])
+    assert entry["num_input_tokens_seen"] == 2 * 2 * 32
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chinese_llama.model.attention import put_on
 from chinese_llama.train import course
+from chinese_llama.train.later import Later
 from chinese_llama.train.trainer import VocabularyTrainer
 from tests.train.running import pretrain
 
@@ -28,13 +29,51 @@ class Reads(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
-        self.ops = 0
+        self.ops = self.step = 0
+        self.allowed = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.ops += 1
         if func in READS:
-            self.found.append("".join(traceback.format_stack(limit=6)[:-1]))
+            self.saw()
         return func(*args, **(kwargs or {}))
+
+    def saw(self, what: str = "") -> None:
+        if 1 <= self.step < 5 and not self.allowed:
+            self.found.append(what + "".join(traceback.format_stack(limit=7)[:-2]))
+
+
+def watch(reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also see what reads tensors whole, and figures that are read in the step that made them. (Dropout's seed is a
+    number of the host.)"""
+    made, read = Later.__init__, Later.read
+    born: dict[Later, int] = {}
+
+    def make(self: Later, values: torch.Tensor) -> None:
+        born[self] = reads.step
+        made(self, values)
+
+    def late(self: Later) -> list[float]:
+        if born[self] == reads.step:
+            reads.saw("read in the step that made it")
+        reads.allowed = True
+        values = read(self)
+        reads.allowed = False
+        return values
+
+    monkeypatch.setattr(Later, "__init__", make)
+    monkeypatch.setattr(Later, "read", late)
+    for name in ("tolist", "cpu", "numpy"):
+        plain = getattr(torch.Tensor, name)
+
+        def seen(self: torch.Tensor, *given: Any, plain: Any = plain, **named: Any) -> Any:
+            if not traceback.extract_stack(limit=2)[0].filename.endswith(
+                "attention.py"
+            ):  # the CPU's, part by part
+                reads.saw()
+            return plain(self, *given, **named)
+
+        monkeypatch.setattr(torch.Tensor, name, seen)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +84,10 @@ def test_a_step_reads_nothing(
 ) -> None:
     """From the second step to the fifth, none of which logs. Attention is the one that GPUs have."""
     reads, plain, steps = Reads(), VocabularyTrainer.training_step, set[int]()
+    watch(reads, monkeypatch)
 
     def step(self: Any, *given: Any, **named: Any) -> torch.Tensor:
-        now = self.state.global_step
+        now = reads.step = self.state.global_step
         if now == 1 and now not in steps:
             reads.__enter__()
         if now == 5 and now not in steps:
