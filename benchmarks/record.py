@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -177,12 +178,12 @@ def _memory_gib() -> float:
 
 
 def command_line() -> str:
-    """What was typed, without --results; of a path that begins at the root only its last part."""
+    """What was typed, without --results; of a path that begins at the root (or NAME=path) only its last part."""
     words = sys.argv[1:]
     if "--results" in words:
         at = words.index("--results")
         del words[at : at + 2]
-    return " ".join(["python -m benchmarks", *(Path(w).name if w.startswith("/") else w for w in words)])
+    return " ".join(["python -m benchmarks", *(re.sub(r"(^|=)/.*/", r"\1", word) for word in words)])
 
 
 def record(name: str, table_markdown: str, notes: str, results: Path) -> None:

@@ -50,8 +50,10 @@ def test_an_unknown_name() -> None:
 def test_a_table_goes_to_the_section_of_its_benchmark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["x", "merge", "--results", "r.md", "--work", "/some/place", "--cold"])
-    assert command_line() == "python -m benchmarks merge --work place --cold"
+    monkeypatch.setattr(
+        sys, "argv", ["x", "merge", "--results", "r.md", "--work", "/some/place", "--peer", "a=/b/c"]
+    )
+    assert command_line() == "python -m benchmarks merge --work place --peer a=c"
     file = tmp_path / "new" / "results.md"
     file.parent.mkdir()
     file.write_text(
