@@ -12,12 +12,14 @@ pass of what is no product counts twice its forward pass, and what is made again
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.record import markdown, options_of, record
-from chinese_llama.train.estimate import Settings
+from chinese_llama.train.estimate import Settings, estimate
 
+QLORA = Settings(quantization="nf4", checkpointing=True, optim="paged_adamw_8bit")
 LOGITS = Settings.logits  # that ours holds at once on a GPU
 
 WAYS = {
@@ -135,7 +137,9 @@ def main(argv: Sequence[str]) -> None:
     step = Step(**{name: getattr(options, name) for name in sizes})
     notes = (
         f"{step.layers} layers, hidden {step.hidden}, vocabulary {step.rows:,} ({step.new:,} new), {step.tokens:,} tokens a step in "
-        f"rows of {step.seq:,}; {options.tflops:g} TFLOP/s, {options.tbytes:g} TB/s."
+        f"rows of {step.seq:,}; {options.tflops:g} TFLOP/s, {options.tbytes:g} TB/s. By the recipes' own estimate `new-rows` takes "
+        f"{in_all(step, options.heads):.1f} GiB in all, QLoRA (nf4, activation checkpointing, 8-bit Adam) with one row "
+        f"{in_all(step, options.heads, QLORA):.1f} GiB."
     )
     header = [
         "",
@@ -149,6 +153,15 @@ def main(argv: Sequence[str]) -> None:
     ]
     rows = [line(step, way, options.tflops * 1e12, options.tbytes * 1e12) for way in WAYS]
     record("count", markdown(header, rows), notes, options.results)
+
+
+def in_all(step: Step, heads: int, more: Settings | None = None) -> float:
+    """GiB of a step of ours, `more` or with all its rows, by chinese_llama.train.estimate."""
+    config = {"hidden_size": step.hidden, "intermediate_size": step.inner, "num_hidden_layers": step.layers}
+    config |= {"vocab_size": step.rows, "num_attention_heads": heads}
+    batch = 1 if more else step.tokens // step.seq
+    chosen = dataclasses.replace(more or Settings(), new_rows=step.new, batch=batch, block=step.seq)
+    return estimate(config, chosen).total / 2**30
 
 
 def line(step: Step, way: str, rate: float, bandwidth: float) -> list[str]:
@@ -178,6 +191,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ("new", 17_953),
     ):
         parser.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
+    parser.add_argument("--heads", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=8192, help="of a micro batch; default: %(default)s")
     parser.add_argument("--seq", type=int, default=2048, help="default: %(default)s")
     parser.add_argument(
