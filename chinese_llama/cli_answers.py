@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from chinese_llama import workspace
-from chinese_llama.commandline import EXAMPLES, Force, note_if_kept
+from chinese_llama.commandline import EXAMPLES, Force, note_if_kept, write_json
 from chinese_llama.errors import UserError
+
+if TYPE_CHECKING:
+    from chinese_llama.merging.adapter import Adapter
 
 app = typer.Typer()
 Model = Annotated[
@@ -18,6 +22,7 @@ Model = Annotated[
 ]
 Tokens = Annotated[int, typer.Option(min=1, help="The longest answer.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="What generate --output has written.")]
 
 
@@ -32,19 +37,31 @@ def _place(command: str, model: str | None) -> str:
     return str(merged)
 
 
-def _load(place: str) -> tuple[Any, Any]:
-    from chinese_llama.model.load import check_pair, device, load_model, load_tokenizer, quiet_libraries
+def _adapted(base: str | None, loras: str, model: str | None) -> tuple[str, list[Adapter]]:
+    """Where the base of `--loras` is, and these adapters."""
+    from chinese_llama.merging.plan import parse_list, resolve
+
+    if model is not None:
+        raise UserError("generate: give --model, or --loras with what they are put on (--base), not both.")
+    space = workspace.required("generate", "--base") if base is None else workspace.find()
+    if base is None and space:
+        base = str(space.path(space.settings.extend_model.output))
+    return str(base), [resolve(item, space) for item in parse_list(loras)]
+
+
+def _load(place: str, adapters: Sequence[Adapter] = ()) -> tuple[Any, Any]:
+    from chinese_llama.evaluate.models import Subject, open_subject
+    from chinese_llama.model.load import quiet_libraries
 
     quiet_libraries()
-    tokenizer, loaded = load_tokenizer(place), load_model(place)
-    check_pair(loaded, tokenizer, place)
-    return loaded.to(device()), tokenizer
+    return open_subject(Subject(place, place, list(adapters)))
 
 
 @app.command(
     epilog=EXAMPLES
     + "chinese-llama generate --model work/merged --prompt '中国的首都是哪里？'\n\n"
-    + "chinese-llama generate --prompts prompts.jsonl --model work/merged --against work/control --output work/answers"
+    + "chinese-llama generate --prompts prompts.jsonl --model work/merged --against work/control --output work/answers\n\n"
+    + "chinese-llama generate --prompt 你好 --base work/extended --loras plus=work/plus,alpaca=work/alpaca"
 )
 def generate(
     prompt: Annotated[
@@ -52,9 +69,21 @@ def generate(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A file of them: .txt, a line each; or records with prompt, or instruction data."),
+        typer.Option(
+            help="A file of them: .txt, a line each; or records with prompt, or instruction data (the first question)."
+        ),
     ] = None,
     model: Model = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="What --loras are put on.", show_default="the workspace's extended model"),
+    ] = None,
+    loras: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --model: adapters in order, left unmerged: names, directories, hub ids, or name=directory."
+        ),
+    ] = None,
     against: Annotated[
         str | None, typer.Option(help="With --prompts: a second model, to compare with.")
     ] = None,
@@ -63,7 +92,9 @@ def generate(
     ] = None,
     max_new_tokens: Tokens = 256,
     temperature: Temperature = 0.0,
-    seed: Annotated[int, typer.Option(help="Of what is drawn, and of the order on the page.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of what is drawn, and of the order on the page.")
+    ] = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue prompts as text, even if the model has a template.")
     ] = False,
@@ -76,11 +107,13 @@ def generate(
         raise UserError(
             "generate: --prompts, --output and --against go together: a file's answers are written."
         )
-    place = _place("generate", model)
+    if base is not None and loras is None:
+        raise UserError("--base is what the adapters of --loras are put on; for a plain model give --model.")
+    place, adapters = _adapted(base, loras, model) if loras else (_place("generate", model), [])
     if prompt is not None:
         from chinese_llama.evaluate.generate import answer
 
-        typer.echo(answer(*_load(place), prompt, max_new_tokens, temperature, seed, raw))
+        typer.echo(answer(*_load(place, adapters), prompt, max_new_tokens, temperature, seed, raw))
         return
     from chinese_llama.evaluate.answers import PAGE, How, answer_file
     from chinese_llama.model.load import quiet_libraries
@@ -88,12 +121,13 @@ def generate(
     assert prompts and output
     quiet_libraries()
     models = {"A": place} | ({"B": against} if against else {})
-    manifest = answer_file(prompts, models, output, How(max_new_tokens, temperature, seed, raw), force)
+    how = How(max_new_tokens, temperature, seed, raw)
+    manifest = answer_file(prompts, models, output, how, force, adapters)
     note_if_kept(output)
     for label, found in manifest.metrics.get("right", {}).items():
         low, high = found["interval"]
         typer.echo(
-            f"{label} ({models[label]}): the keyword is in {found['right']} of {found['questions']} answers "
+            f"{label} ({manifest.metrics['models'][label]}): the keyword is in {found['right']} of {found['questions']} answers "
             f"({found['share']:.1%}; 95 %: {low:.1%} to {high:.1%})."
         )
     vote = f"; to vote: chinese-llama rate {output}" if against else ""
@@ -122,14 +156,16 @@ def rate(
     directory: Directory,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0: any that is free.")] = 8790,
     tally: Annotated[bool, typer.Option("--tally", help="Only tell how the votes stand.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Vote on the answers of two models, on a page that this machine serves to itself; who won, with an interval."""
     from chinese_llama.evaluate.rating import Votes, serve
 
-    if tally:
-        typer.echo(Votes(directory).told())
-    else:
+    if not tally:
         serve(directory, port)
+    votes = Votes(directory)
+    typer.echo(votes.told())
+    write_json(json_file, {"names": votes.names, **votes.tally()})
 
 
 @app.command(
@@ -148,6 +184,7 @@ def judge(
         int, typer.Option(min=0, help="Further tries, of a request that fails or a reply that is no verdict.")
     ] = 4,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Requests at a time.")] = 4,
+    json_file: JsonFile = None,
 ) -> None:
     """Have another model judge answers: of two in both orders, of one in points. It sends prompts and answers there."""
     from chinese_llama.evaluate.endpoint import Endpoint
@@ -159,4 +196,6 @@ def judge(
         raise UserError(
             f"the environment variable {key_env} (--key-env) holds no key; set it, to any word where none is asked for."
         )
-    typer.echo(sentences(run(directory, Endpoint(url, model, key, timeout, retries), workers)))
+    figures = run(directory, Endpoint(url, model, key, timeout, retries), workers)
+    typer.echo(sentences(figures))
+    write_json(json_file, figures)

@@ -31,6 +31,8 @@ def doctor(
 ) -> None:
     """Say what files are, whether they fit, in which order adapters merge, and what is wrong. Exit code 1: something is broken."""
     import json
+    import shutil
+    import sys
 
     from chinese_llama.doctor import examine
 
@@ -38,5 +40,6 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(examine.as_json(report), ensure_ascii=False, indent=1))
     else:
-        typer.echo(examine.text(report))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        typer.echo(examine.text(report, width))
     raise typer.Exit(report.exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,7 @@ def evaluate(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=FILE: .txt, .jsonl, .json or .parquet. May be repeated.",
+            help="NAME=FILE: .txt, .jsonl, .json, .parquet, or a directory of them. One or several.",
             show_default="the workspace's",
         ),
     ] = None,
@@ -73,7 +74,9 @@ def evaluate(
     wikitext: Annotated[
         Path | None, typer.Option(help="A text for word perplexity as WikiText has it.")
     ] = None,
-    speed: Annotated[bool, typer.Option("--speed", help="Decoding speed in characters per second.")] = False,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Decoding speed in characters per second; models take turns.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Bits per character and per byte, exams, speed: comparable between tokenizers, with a baseline and a gate."""
@@ -87,12 +90,15 @@ def evaluate(
     if json_file and not (json_file.absolute().parent.is_dir() and not json_file.is_dir()):
         raise UserError(f"--json {json_file} cannot be written; give a file in a directory that exists.")
     from chinese_llama.evaluate.compare import broken
-    from chinese_llama.evaluate.run import check, compared, measure
+    from chinese_llama.evaluate.run import check, compared, measure, speeds
     from chinese_llama.evaluate.table import told
 
     subjects = [*([asked.baseline] if asked.baseline else []), *asked.subjects]
     check(subjects, asked.request)
-    measured = [measure(subject, asked.request) for subject in subjects]
+    measured = [measure(subject, replace(asked.request, speed=False)) for subject in subjects]
+    if asked.request.speed:
+        for one, decoded in zip(measured, speeds(subjects, asked.request), strict=True):
+            one["speed"] = decoded
     comparisons: list[dict[str, Any]] = []
     sentences = []
     for one in measured[1:] if asked.baseline else []:

@@ -13,8 +13,11 @@ import pytest
 from chinese_llama import workspace
 from chinese_llama.evaluate.answers import ANSWERS, JUDGEMENTS, VOTES
 from chinese_llama.evaluate.rating import Votes
+from chinese_llama.merging.plan import Step, load
+from chinese_llama.merging.stream import Options, merge
 from tests import test_errors
 from tests.evaluate.serving import close, drip, hang, says, serving, status
+from tests.model.test_adapters import peft_adapter
 from tests.test_errors import Run, sentence
 
 run = test_errors.run  # a fixture
@@ -69,6 +72,22 @@ def test_a_file_is_answered_by_two_models_and_stands(
     assert run("rate", "out", "--tally")[:2] == (0, "0 of 2 prompts voted on.\n")
 
 
+def test_adapters_answer_unmerged_as_merged(run: Run, extended: Path, prompts: Path, tmp_path: Path) -> None:
+    peft_adapter(extended, tmp_path / "a")
+    merge(extended, [Step([load("a", tmp_path / "a")])], tmp_path / "merged", Options(verify=False))
+    loras = ["generate", "--base", extended, "--loras", "mine=a", *SHORT]
+    asked = ["--prompt", "The fox"]
+    wanted = run("generate", "--model", "merged", *asked, *SHORT)
+    assert wanted[0] == 0 and run(*loras, *asked) == wanted
+    code, out, err = run(*loras, "--prompts", prompts, "--against", "merged", "--output", "out")
+    assert code == 0 and f"A ({extended} + mine): the keyword is in " in out, err
+    said = [json.loads(line)["answers"] for line in (tmp_path / "out" / ANSWERS).open(encoding="utf-8")]
+    assert len(said) == 2 and all(answer["A"] == answer["B"] for answer in said)
+    space = {"extend_model": {"output": str(extended)}}
+    (tmp_path / workspace.FILE).write_text(json.dumps({"base": "x", **space}))
+    assert run("generate", "--loras", "mine=a", *asked, *SHORT) == wanted
+
+
 def test_a_workspace_gives_the_merged_model(run: Run, base: Path, prompts: Path, tmp_path: Path) -> None:
     (tmp_path / workspace.FILE).write_text("base: x\n")
     told = sentence(run("generate", "--prompts", prompts, "--output", "out"))
@@ -87,6 +106,11 @@ def test_a_workspace_gives_the_merged_model(run: Run, base: Path, prompts: Path,
         (["--prompts", "p.jsonl"], "--prompts, --output and --against go together"),
         (["--prompt", "x", "--output", "out"], "--prompts, --output and --against go together"),
         (["--prompt", "x", "--against", "two"], "--prompts, --output and --against go together"),
+        (["--prompt", "x", "--base", "."], "--base is what the adapters of --loras are put on"),
+        (
+            ["--prompt", "x", "--loras", "a"],
+            "give --model, or --loras with what they are put on (--base), not both",
+        ),
         (["--prompts", "no.txt", "--output", "out"], "no.txt: no such file."),
         (["--prompts", "empty.txt", "--output", "out"], "empty.txt: holds no prompts."),
         (["--prompts", "text.jsonl", "--output", "out"], "text.jsonl, line 1: has no field 'prompt'"),
@@ -152,8 +176,10 @@ def test_answers_are_judged(run: Run, answers: Path, key: str) -> None:
         assert len(server.asked) == 6
         assert (code, err) == (0, "")
         assert out.startswith("3 of 3 prompts judged by j.\nA (A) better: 0, B (B) better: 0, ties: 3.\n")
-        again = judged(run, server.url, key)
+        again = judged(run, server.url, key, "--json", "figures.json")
         assert again == (0, out, "6 of 6 judgements are there.\n") and len(server.asked) == 6
+    figures = json.loads((answers.parent / "figures.json").read_text())
+    assert (figures["judge"], figures["ties"], len(figures["interval"])) == ("j", 3, 2)
     assert len((answers / JUDGEMENTS).read_text().splitlines()) == 6
 
 

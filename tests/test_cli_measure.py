@@ -25,6 +25,10 @@ def texts(tmp_path: Path) -> list[str]:
     return ["--text", f"zh={zh}", "--text", f"en={en}"]
 
 
+def _bits(value: float) -> str:
+    return f"{value:.3f}" if value < 9.9995 else f"{value:.2f}"
+
+
 def test_two_tokenizers_side_by_side(
     run: Run, base: Path, extended: Path, texts: list[str], tmp_path: Path
 ) -> None:
@@ -45,8 +49,8 @@ def test_two_tokenizers_side_by_side(
     )
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert max(map(len, lines)) <= 100 and out.isascii()
-    assert lines[:2] == [f"base             {base}", f"extended         {extended}"]
+    assert max(map(len, lines[2:])) <= 80 and out.isascii()
+    assert lines[:2] == [f"base      {base}", f"extended  {extended}"]
     told = json.loads((tmp_path / "f.json").read_text())
     assert [model["name"] for model in told["models"]] == ["base", "extended"]
     (comparison,) = told["comparisons"]
@@ -57,23 +61,31 @@ def test_two_tokenizers_side_by_side(
         found = comparison["texts"][name]
         for model in told["models"]:
             figures = model["texts"][name]
-            keys = ("characters_per_token", "bits_per_character", "bits_per_byte")
-            cells = [model["name"], *(f"{figures[key]:.3f}" for key in keys), f"{figures['perplexity']:.2f}"]
-            row = next(line for line in lines if line.split()[:5] == cells)
-            assert (found["verdict"] in row) == (model["name"] == "extended")
+            low, high = (_bits(v) for v in figures["interval"]["bits_per_character"])
+            cells = [
+                model["name"],
+                f"{figures['characters_per_token']:.3f}",
+                _bits(figures["bits_per_character"]),
+                f"{low}-{high}",
+                _bits(figures["bits_per_byte"]),
+                f"{figures['perplexity']:.2f}",
+                f"{figures['context']:.0f}",
+            ]
+            assert cells in [line.split() for line in lines]
         change, low, high = (f"{100 * v:+.1f}" for v in (found["difference"], *found["interval"]))
-        assert f"{change} % ({low} to {high})  {found['verdict']}" in out or abs(float(low)) < 1
+        cells = ["extended", change, "%", low, "to", high, *found["verdict"].split()]
+        assert cells in [line.split() for line in lines] or abs(float(low)) < 1
     speeds = [model["speed"] for model in told["models"]]
     ratio = speeds[1]["characters_per_second"] / speeds[0]["characters_per_second"]
-    assert f"{ratio:.2f} times base" in out
-    assert "Windows of 128 tokens, stride 40; seen before a scored token" in out
+    assert "times base" in out and lines[-1].split()[0] == "extended" and lines[-1].endswith(f" {ratio:.2f}")
+    assert "Windows of 128 tokens, stride 40.\nContext: how many tokens are seen before" in out
     assert "Only 5 documents" in out
 
 
 def test_one_model_has_no_comparison(run: Run, base: Path, texts: list[str]) -> None:
     code, out, _ = run("eval", "--model", base, *texts)
     assert code == 0
-    assert "interval" not in out and "Only 5" not in out
+    assert "Bits against" not in out and "Only 5 documents: intervals" in out
 
 
 def test_the_gate(run: Run, base: Path, extended: Path, texts: list[str], tmp_path: Path) -> None:
@@ -82,6 +94,7 @@ def test_the_gate(run: Run, base: Path, extended: Path, texts: list[str], tmp_pa
     code, out, err = run(*argv, "--max-regression", "zh=0.02", "--max-regression", "en=9")
     assert code == 1
     assert "zh: 5 documents" in out  # everything is told all the same
+    assert "no difference shown  over 2 %" in out and "within 900 %" in out
     comparison = json.loads((tmp_path / "f.json").read_text())["comparisons"][0]
     assert comparison["broken"] == ["zh"] and comparison["limits"] == {"zh": 0.02, "en": 9}
     rise = comparison["texts"]["zh"]["difference"]
@@ -139,7 +152,7 @@ def test_exams_and_wikitext_without_texts(run: Run, tmp_path: Path, texts: list[
     assert "ceval, 1-shot, 5 questions: % right" in out and "Humanities" in out
     (told,) = json.loads((tmp_path / "f.json").read_text())["models"]
     assert told["texts"] == {} and told["choices"][0]["shots"] == 1
-    assert f"{told['wikitext']['byte_perplexity']:.3f} per byte" in out
+    assert f" {told['wikitext']['byte_perplexity']:.3f}\n" in out
     assert "unknown (did you mean 'ceval'?)" in sentence(run("eval", "--model", long, "--choices", "cevla=x"))
 
 

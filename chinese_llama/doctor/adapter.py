@@ -12,6 +12,7 @@ from chinese_llama.artifacts import ADAPTER_FILES, sha256_file
 from chinese_llama.doctor.adapter_config import TRAIN, check_against, check_config, module_of
 from chinese_llama.doctor.finding import Finding, guarded, listing, some
 from chinese_llama.doctor.model import check_manifest, check_pieces
+from chinese_llama.doctor.raw import unfinished
 from chinese_llama.doctor.tensors import Measured, Readable, check_numbers, check_rows, check_shapes, measure
 from chinese_llama.doctor.things import UNREADABLE, Thing, manifest_of
 from chinese_llama.merging.adapter import Adapter, load
@@ -39,6 +40,7 @@ WHAT = {
 
 def check_adapter(thing: Thing) -> Iterator[Finding]:
     """Everything that is wrong with the adapter in a directory."""
+    yield from guarded(thing.path, unfinished(thing.path))
     yield from guarded(thing.path, check_manifest(thing.path))
     yield from guarded(thing.path, _adapter(thing))
 

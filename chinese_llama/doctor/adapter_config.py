@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from chinese_llama.doctor.finding import Finding, listing, some
+from chinese_llama.doctor.raw import json_object
 from chinese_llama.doctor.tensors import Readable
 from chinese_llama.doctor.things import manifest_of
 from chinese_llama.errors import BadFile
 from chinese_llama.hub import is_hub_id
-from chinese_llama.merging.adapter import check_mergeable, load, read_object
+from chinese_llama.merging.adapter import check_mergeable, load
 from chinese_llama.model.adapters import LORA, PREFIX, SAVED, TOKENS
 
 LAYERS = re.compile(r"\.layers\.(\d+)\.")
@@ -29,11 +30,10 @@ def check_config(path: Path) -> Generator[Finding, None, dict[str, Any]]:
         remedy = "Fetch it from where the adapter comes from, or write it as it was trained (peft_type, r, lora_alpha, target_modules)."
         yield Finding("error", "adapter-config-missing", str(path), what, listing(path), remedy)
         return {}
-    try:
-        config = read_object(file)
-    except (BadFile, ValueError) as error:
-        remedy = "Fetch it again, or mend it at the place that is named."
-        yield Finding("error", "adapter-config-damaged", str(file), str(error), listing(file), remedy)
+    found: list[Finding] = []
+    config = json_object(file, found)
+    yield from found
+    if found:
         return {}
     if config.get("peft_type") != "LORA":
         what = f"It is an adapter of type {config.get('peft_type')}; only LORA adapters can be merged."

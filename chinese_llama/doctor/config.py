@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from chinese_llama.doctor.finding import Finding, Severity, listing, some
+from chinese_llama.doctor.opened import config_problem
+from chinese_llama.doctor.raw import json_object
 from chinese_llama.doctor.tensors import VOCABULARY, Readable
-from chinese_llama.doctor.things import UNREADABLE
-from chinese_llama.errors import BadFile, DoesNotFit
-from chinese_llama.merging.belongings import pieces_of
+from chinese_llama.errors import DoesNotFit
 from chinese_llama.merging.forward import TYPES
 from chinese_llama.merging.lineage import check_base
-from chinese_llama.model.shards import EMBED, HEAD, Named, read_json
+from chinese_llama.model.shards import EMBED, HEAD, Named
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 ROTARY = re.compile(r"rotary_emb\.inv_freq$")
@@ -34,21 +34,17 @@ def check_config(path: Path) -> Generator[Finding, None, dict[str, Any]]:
         remedy = "Fetch config.json from where the weights come from."
         yield Finding("error", "config-missing", str(path), "There is no config.json.", listing(path), remedy)
         return {}
-    config: dict[str, Any] = {}
-    for name in ("config.json", "generation_config.json"):
-        if (path / name).is_file():
-            try:
-                found = read_json(path / name)
-                config = found if name == "config.json" else config
-            except BadFile as error:
-                remedy = f"Fetch {name} again, or mend it at the place that is named."
-                yield Finding(
-                    "error", "config-damaged", str(path / name), str(error), listing(path / name), remedy
-                )
+    found: list[Finding] = []
+    config = json_object(file, found)
+    json_object(path / "generation_config.json", found)
+    yield from found
     yield from _beside(path)
     if not config:
         return {}
-    if not isinstance(config.get("model_type"), str):
+    if isinstance(config.get("model_type"), str):
+        problem = config_problem(path)
+        yield from [problem] if problem else []
+    else:
         remedy = 'Add it: for LLaMA and what was made of it, "model_type": "llama".'
         what = "config.json names no model_type, and does not load."
         yield Finding("error", "config-field-missing", str(file), what, _said(config, ["model_type"]), remedy)
@@ -60,6 +56,7 @@ def check_config(path: Path) -> Generator[Finding, None, dict[str, Any]]:
         remedy = "Fetch config.json from where the weights come from."
         yield Finding("error", "config-field-missing", str(file), what, _said(config, lost), remedy)
     yield from _rotary(path, config)
+    yield from _scaling(path, config)
     yield from _ids(path, config)
     try:
         check_base(path)
@@ -73,7 +70,7 @@ def _said(config: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return _index(value) and value > 0
 
 
 def _beside(path: Path) -> Iterator[Finding]:
@@ -126,36 +123,37 @@ def _rotary(path: Path, config: dict[str, Any]) -> Iterator[Finding]:
             )
 
 
+def _scaling(path: Path, config: dict[str, Any]) -> Iterator[Finding]:
+    """A kind of rotary scaling that transformers does not have: it says so only when the model is built."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = config.get("rope_parameters") or config.get("rope_scaling")
+    kind = scaling.get("rope_type") or scaling.get("type") if isinstance(scaling, dict) else None
+    if kind and config.get("model_type") in TYPES and kind not in ("default", *ROPE_INIT_FUNCTIONS):
+        what = f"config.json names a rotary scaling that transformers does not have, {kind!r}: the model does not load."
+        remedy = f"Write the rope_type that it was trained with: {', '.join(ROPE_INIT_FUNCTIONS)}; or none."
+        lines = _said(config, ["rope_parameters", "rope_scaling"])
+        yield Finding("error", "rope-scaling-unknown", str(path / "config.json"), what, lines, remedy)
+
+
 def _ids(path: Path, config: dict[str, Any]) -> Iterator[Finding]:
-    """Special tokens in config.json that are no rows, or another token than the tokenizer's."""
+    """Special tokens in config.json or generation_config.json that are no rows."""
     rows = config.get("vocab_size")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = config.get(name)
-        ids = [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
-        if any(isinstance(rows, int) and not -1 <= i < rows for i in ids):
-            what = f"config.json: {name} {value} is no row of a vocabulary of {rows:,}."
+    for file in ("config.json", "generation_config.json"):
+        content = json_object(path / file, [])
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = content.get(name)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not isinstance(rows, int) or all(_index(i) and -1 <= i < rows for i in ids):
+                continue
+            what = f"{file}: {name} {value!r} is no row of a vocabulary of {rows:,}."
             remedy = f"Set {name} to the id that the tokenizer has for it."
-            yield Finding(
-                "error",
-                "token-id-beyond-rows",
-                str(path / "config.json"),
-                what,
-                _said(config, [name, "vocab_size"]),
-                remedy,
-            )
-    wrong = []
-    try:
-        pieces = pieces_of(path)
-    except UNREADABLE:
-        return
-    for name, piece in (("bos_token_id", "<s>"), ("eos_token_id", "</s>")):
-        others = [other for other in ("<unk>", "<s>", "</s>") if other != piece and other in pieces]
-        if piece in pieces and config.get(name) in [pieces[other] for other in others]:
-            wrong.append(f"{name} {config[name]}; the tokenizer's {piece} is {pieces[piece]}")
-    if wrong:
-        what = "config.json names other control tokens than the tokenizer: generation does not stop, or stops at once."
-        remedy = "Set the ids in config.json and generation_config.json to the tokenizer's."
-        yield Finding("warning", "special-ids-differ", str(path / "config.json"), what, wrong, remedy)
+            lines = [*_said(content, [name]), f"vocab_size: {rows:,}"]
+            yield Finding("error", "token-id-beyond-rows", str(path / file), what, lines, remedy)
+
+
+def _index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # --- tensors against config.json
@@ -176,6 +174,7 @@ def check_against(path: Path, config: dict[str, Any], source: Readable) -> Itera
     shapes = wanted_shapes(config)
     if shapes and not config.get("quantization_config"):
         yield from _shapes(where, shapes, source)
+        yield from _unused(where, shapes, source)
         lost = [name for name in shapes if name not in source and name not in VOCABULARY]
         lost = [name for name in lost if (m := LAYER.match(name)) is None or int(m[1]) in layers]
         if lost and source.whole:
@@ -213,10 +212,16 @@ def _vocabulary(where: str, config: dict[str, Any], source: Readable) -> Iterato
         yield Finding(
             "error", "tied-with-another-head", where, what, _said(config, ["tie_word_embeddings"]), remedy
         )
+    elif HEAD in source and not tied and _same(source):
+        what = f"{HEAD} and {EMBED} are the same numbers, but config.json does not tie them: a training lets them part."
+        remedy = 'If the model was trained tied, set "tie_word_embeddings": true in config.json.'
+        yield Finding(
+            "note", "untied-with-same-head", where, what, _said(config, ["tie_word_embeddings"]), remedy
+        )
 
 
 def _same(source: Named) -> bool:
-    if source.meta(EMBED) != source.meta(HEAD):
+    if source.meta(EMBED) != source.meta(HEAD) or 0 in source.meta(EMBED)[0]:
         return False
     rows, step = source.meta(EMBED)[0][0], 1024
     return all(
@@ -245,11 +250,36 @@ def wanted_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
     }
+    biased = [part for part in parts if _biased(part, config)]
     for layer in range(layers):
         shapes |= {f"model.layers.{layer}.{part}.weight": shape for part, shape in parts.items()}
+        shapes |= {f"model.layers.{layer}.{part}.bias": parts[part][:1] for part in biased}
     for name in VOCABULARY:
         shapes[name] = (config.get("vocab_size") or 0, hidden)
     return shapes
+
+
+def _biased(part: str, config: dict[str, Any]) -> bool:
+    """Whether a part of a layer has a bias, as transformers builds it."""
+    if config["model_type"] == "qwen2":
+        return part.endswith(("q_proj", "k_proj", "v_proj"))
+    field = {"self_attn": "attention_bias", "mlp": "mlp_bias"}.get(part.partition(".")[0], "")
+    return config["model_type"] == "llama" and bool(config.get(field))
+
+
+def _unused(where: str, shapes: dict[str, tuple[int, ...]], source: Named) -> Iterator[Finding]:
+    """Tensors that the architecture has no place for: transformers leaves them out, with what they were trained to."""
+    more = [n for n in source if n not in shapes and not ROTARY.search(n)]
+    more = [n for n in more if (m := LAYER.match(n)) is None or f"{m[0]}input_layernorm.weight" in shapes]
+    if more:
+        bias = any(name.endswith("_proj.bias") for name in more)
+        remedy = (
+            'Set "attention_bias" (or "mlp_bias") to true in config.json, or name the model_type that it was trained as.'
+            if bias
+            else "Name the model_type that it was trained as; merge adapters (lora_) with chinese-llama merge."
+        )
+        what = f"{len(more):,} tensors have no place in the architecture of config.json, and are left out when it is loaded."
+        yield Finding("error" if bias else "warning", "tensors-not-used", where, what, some(more), remedy)
 
 
 def _shapes(where: str, shapes: dict[str, tuple[int, ...]], source: Named) -> Iterator[Finding]:
@@ -270,10 +300,11 @@ def _shapes(where: str, shapes: dict[str, tuple[int, ...]], source: Named) -> It
             lines = [f"{n}: {list(source.meta(n)[0])}; config.json: {list(s)}" for n, s in found.items()]
             what = f"{len(found):,} tensors have other shapes than config.json says."
             yield Finding("error", check, where, what, some(lines), remedy)
-    width = {source.meta(name)[0][1:] for name in VOCABULARY if name in source}
-    if any(one != shapes[EMBED][1:] for one in width):
-        what = f"The vocabulary has {[list(one) for one in width]} columns, config.json says hidden_size {shapes[EMBED][1]}."
-        yield Finding("error", "shapes-differ", where, what, [f"{EMBED}: {one}" for one in width], FETCH)
+    there = {name: source.meta(name)[0] for name in VOCABULARY if name in source}
+    lines = [f"{n}: {list(s)}" for n, s in there.items() if 0 not in s and s[1:] != shapes[EMBED][1:]]
+    if lines:
+        what = f"The vocabulary has other columns than config.json says (hidden_size {shapes[EMBED][1]})."
+        yield Finding("error", "shapes-differ", where, what, lines, FETCH)
 
 
 def _buffers(where: str, config: dict[str, Any], source: Named) -> Iterator[Finding]:
@@ -300,11 +331,24 @@ def _dtypes(where: str, config: dict[str, Any], source: Named) -> Iterator[Findi
     counts: dict[str, int] = {}
     for name in source:
         shape, dtype = source.meta(name)
-        if dtype.is_floating_point and len(shape) > 1:
+        if len(shape) > 1 and not (config.get("quantization_config") and not dtype.is_floating_point):
             counts[str(dtype).removeprefix("torch.")] = counts.get(str(dtype).removeprefix("torch."), 0) + 1
     said = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     lines = [f"config.json: {said or 'says none'}", *(f"{n:,} matrices: {d}" for d, n in counts.items())]
-    if len(counts) > 1 or (said and counts and said not in counts):
+    whole = [name for name in (*counts, said) if not _fractions(name)]
+    if whole:
+        what = f"A model cannot be of whole numbers ({', '.join(dict.fromkeys(whole))}) without a quantization_config that says what they stand for."
+        remedy = (
+            "Give the model before it was quantised, with dtype (torch_dtype) in config.json as it is stored."
+        )
+        yield Finding("error", "dtype-of-whole-numbers", where, what, lines, remedy)
+    elif len(counts) > 1 or (said and counts and said not in counts):
         what = "The weights are stored in another type than config.json says, and are loaded in that one."
         remedy = "Set dtype (torch_dtype) in config.json to what is stored, or say the dtype when you load."
         yield Finding("note", "dtypes-differ", where, what, lines, remedy)
+
+
+def _fractions(name: str) -> bool:
+    """Whether a name is that of a type of fractions, or of none that PyTorch has, which is told elsewhere."""
+    kind = getattr(torch, name, None)
+    return not isinstance(kind, torch.dtype) or kind.is_floating_point

@@ -145,9 +145,10 @@ def check_unknown(thing: Thing) -> Iterator[Finding]:
     """A file that nothing is known of: data under another name, perhaps."""
     if not thing.path.is_file():
         return
-    problem = raw.broken(thing.path)
-    if problem is not None:
-        yield problem
+    problems = [*raw.unfinished(thing.path)]
+    problems += [problem] if not problems and (problem := raw.broken(thing.path)) else []
+    yield from problems
+    if problems:
         return
     kind, start = raw.other_content(thing.path), raw.head(thing.path)
     line = start.decode("utf-8", "replace").lstrip("\ufeff").split("\n")[0]

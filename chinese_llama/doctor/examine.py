@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -229,13 +230,14 @@ def as_json(report: Report) -> dict[str, Any]:
     return dict(json.loads(json.dumps(told, default=str)))
 
 
-def text(report: Report) -> str:
-    """The report for a terminal, coloured; who writes it elsewhere takes the colours out."""
+def text(report: Report, width: int | None = None) -> str:
+    """The report for a terminal, coloured; who writes it elsewhere takes the colours out. With a `width` in columns
+    sentences and evidence are wrapped to it, but never a remedy: commands in it are there to be copied."""
     lines = []
     for thing in report.things:
         lines += [
             typer.style(printable(str(thing.path)), bold=True),
-            f"  {printable(thing.title)}{_reads(thing)}",
+            *_wrapped(f"{printable(thing.title)}{_reads(thing)}", 2, 2, width),
         ]
     if report.order:
         lines += [
@@ -248,7 +250,7 @@ def text(report: Report) -> str:
         if found:
             lines += ["", typer.style(f"{severity.capitalize()}s", fg=COLOURS[severity], bold=True)]
         for same in _alike(found):
-            lines += _told(same)
+            lines += _told(same, width)
     return "\n".join([*lines, "", _closing(report)])
 
 
@@ -271,12 +273,23 @@ def _alike(findings: list[Finding]) -> list[list[Finding]]:
     return list(groups.values())
 
 
-def _told(same: list[Finding]) -> list[str]:
+def _told(same: list[Finding], width: int | None) -> list[str]:
     finding = same[0]
     head = typer.style(f"[{finding.check}]", fg=COLOURS[finding.severity])
-    lines = [f"    {finding.what}", *(f"      {line}" for line in finding.evidence)]
-    lines += [f"    -> {finding.remedy}"] if finding.remedy else []
-    return [f"  {head} {printable(', '.join(one.where for one in same))}", *map(printable, lines)]
+    lines = [f"  {head} {printable(', '.join(one.where for one in same))}"]
+    lines += _wrapped(printable(finding.what), 4, 4, width)
+    for line in finding.evidence:
+        lines += _wrapped(printable(line), 6, 8, width)
+    return [*lines, f"    -> {printable(finding.remedy)}"] if finding.remedy else lines
+
+
+def _wrapped(line: str, indent: int, hang: int, width: int | None) -> list[str]:
+    """A line, indented, in as many as it takes; those that follow by `hang`. Words, and so paths, stay whole."""
+    if width is None:
+        return [" " * indent + line]
+    margins = {"initial_indent": " " * indent, "subsequent_indent": " " * hang}
+    whole = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+    return textwrap.wrap(line, max(width, 40), **margins, **whole, expand_tabs=False)  # type: ignore[arg-type]
 
 
 def _closing(report: Report) -> str:

@@ -35,12 +35,18 @@ def listing(place: Path) -> list[str]:
     """What lies in a directory, or how large a file is: lines of evidence."""
     try:
         files = sorted(place.iterdir()) if place.is_dir() else [place]
-        lines = [
-            f"{f.name}: {f'{f.stat().st_size:,} bytes' if f.is_file() else 'a directory'}" for f in files
-        ]
+        lines = [f"{file.name}: {_is(file)}" for file in files]
     except OSError as error:
         return [str(error)]
     return some(lines) or ["it holds no files"]
+
+
+def _is(file: Path) -> str:
+    if file.is_file():
+        return f"{file.stat().st_size:,} bytes"
+    if file.is_symlink() and not file.exists():
+        return f"a link to {file.readlink()}, which is not there"
+    return "a directory" if file.is_dir() else "no plain file"
 
 
 def guarded(place: Path, findings: Iterable[Finding]) -> Iterator[Finding]:

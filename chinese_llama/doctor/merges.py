@@ -220,8 +220,9 @@ def _verdict(
     ]
     if times and all(abs(factor) < NEAR for factor in times):
         what = f"Nothing of {names} is in it: its weights are those of {base.path}."
-        grown = rows > source.meta(EMBED)[0][0]  # the base, extended
-        yield Finding("note" if grown else "error", "nothing-merged", where, what, some(lines), remedy)
+        # the base, extended; or a copy of it that happens to lie in the same directory
+        aside = rows > source.meta(EMBED)[0][0] or "found_in" in other.facts
+        yield Finding("note" if aside else "error", "nothing-merged", where, what, some(lines), remedy)
     elif times and max(times) - min(times) < 2 * NEAR * abs(max(times)) and abs(times[0] - 1) > NEAR:
         what = f"The adapters were added {times[0]:.3g} times instead of once: alpha / r was left out, or they were merged twice."
         yield Finding("error", "merge-scaled", where, what, some(lines), remedy)

@@ -13,7 +13,7 @@ from chinese_llama.convert.meta import MetaWeights
 from chinese_llama.directories import MANIFEST
 from chinese_llama.doctor.config import check_against, check_config
 from chinese_llama.doctor.finding import Finding, guarded, listing, some
-from chinese_llama.doctor.raw import json_object
+from chinese_llama.doctor.raw import json_object, unfinished
 from chinese_llama.doctor.tensors import (
     VOCABULARY,
     Readable,
@@ -28,7 +28,7 @@ from chinese_llama.errors import BadFile, DoesNotFit, UserError
 from chinese_llama.merging.belongings import check_tokenizer, pieces_of
 from chinese_llama.model.adapters import PREFIX
 from chinese_llama.model.load import first_new_id
-from chinese_llama.model.shards import EMBED, Named, read_json
+from chinese_llama.model.shards import EMBED, Named
 from chinese_llama.model.tensors import open_tensors
 
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -39,6 +39,7 @@ FETCH = "Fetch the missing files again into the same directory (on the hub: `hf 
 
 def check_model(thing: Thing) -> Iterator[Finding]:
     """Everything that is wrong with the model, or the checkpoint of Meta's, in a directory."""
+    yield from guarded(thing.path, unfinished(thing.path))
     yield from guarded(thing.path, check_manifest(thing.path))
     yield from guarded(thing.path, _meta(thing) if thing.kind == "meta checkpoint" else _huggingface(thing))
 
@@ -49,7 +50,7 @@ def _huggingface(thing: Thing) -> Iterator[Finding]:
     if source is None:
         return
     yield from check_against(thing.path, config, source)
-    rows = source.meta(EMBED)[0][0] if EMBED in source else None
+    rows = next(iter(source.meta(EMBED)[0]), None) if EMBED in source else None
     yield from check_pieces(thing.path, rows, "the model")
     yield from _numbers(thing.path, source, config)
 
@@ -126,10 +127,10 @@ def _ignored(path: Path, used: str, others: list[str]) -> Iterator[Finding]:
 
 def _index(path: Path, index: str, there: dict[str, Path]) -> Generator[Finding, None, dict[str, str] | None]:
     """The weight_map of an index, None where it cannot be used."""
-    try:
-        listed = read_json(there[index]).get("weight_map")
-    except BadFile as error:
-        yield Finding("error", "index-damaged", str(there[index]), str(error), listing(there[index]), FETCH)
+    found: list[Finding] = []
+    listed = json_object(there[index], found).get("weight_map")
+    yield from found
+    if found:
         return None
     good = isinstance(listed, dict) and all(isinstance(s, str) and Path(s).name == s for s in listed.values())
     if not good or not listed:
@@ -237,7 +238,7 @@ def check_size(place: Path, rows: int, what: str, padded: int | None = None) -> 
 
 def check_pieces(path: Path, rows: int | None, what: str) -> Iterator[Finding]:
     """Whether the tokenizer beside the weights is of so many rows."""
-    if rows is None or not any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    if not rows or not any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         return
     manifest = manifest_of(path)
     padded = manifest.vocab_size if manifest and manifest.metrics.get("rows") == rows else None

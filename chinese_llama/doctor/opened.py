@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -117,7 +119,22 @@ def _open_auto(opened: Opened, found: list[Finding]) -> None:
 def _auto(place: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
+    with _quiet_stdout():
+        return AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """The tokenizers library prints by itself ("Ignored unknown kwarg option"), past Python: not into our JSON."""
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def plain_auto(place: Path) -> Encode | None:
@@ -135,7 +152,11 @@ def guarded(work: Callable[[], Any], where: Path, found: list[Finding]) -> Any:
     try:
         return work()
     except Exception as error:  # the libraries raise many kinds
-        told = str(error).strip().splitlines() or [type(error).__name__]
+        if where.is_dir() and (
+            problem := config_problem(where)
+        ):  # transformers reads that for a tokenizer too
+            found.append(problem)
+            return None
         code = "trust_remote_code" in str(error) or "custom code" in str(error)
         remedy = "Get the file again from where it was published, or make it again."
         if code:
@@ -144,16 +165,34 @@ def guarded(work: Callable[[], Any], where: Path, found: list[Finding]) -> Any:
             )
         check = "needs-own-code" if code else "tokenizer-not-readable"
         what = "The tokenizer is a program of its own." if code else "The tokenizer does not load."
-        if "alidation error for" in str(error):  # of huggingface_hub, for config.json beside the tokenizer
-            check, where = "config-field-wrong", where / "config.json"
-            what = "config.json holds a value that transformers refuses, so that neither model nor tokenizer load."
-            remedy = (
-                "Write a value of the right type for the field that is named, as the model's source has it."
-            )
-        found.append(
-            Finding("error", check, str(where), what, [" ".join(" ".join(told).split())[:300]], remedy)
-        )
+        found.append(Finding("error", check, str(where), what, [_words(error)], remedy))
         return None
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def config_problem(place: Path) -> Finding | None:
+    """Why transformers does not load the config.json in a directory; None where it does, or there is none."""
+    from chinese_llama.model.load import quiet_libraries
+
+    file, found = place / "config.json", list[Finding]()
+    if not raw.json_object(file, found):
+        return found[0] if found else None
+    quiet_libraries()
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        return Finding(
+            "error", "config-field-wrong", str(file),
+            "config.json holds a value that transformers refuses, so that neither model nor tokenizer load.",
+            [_words(error)],
+            "Correct the field that is named, as the model's source has it.",
+        )  # fmt: skip
+    return None
 
 
 def sp_model(file: Path, found: list[Finding]) -> model_pb2.ModelProto | None:
@@ -170,14 +209,15 @@ def sp_model(file: Path, found: list[Finding]) -> model_pb2.ModelProto | None:
 
 def _no_model(file: Path, told: str) -> Finding:
     with open(file, "rb") as stream:
-        first = stream.readline(200).split()
+        start = stream.read(200)
+    first = start.split(b"\n")[0].split()
     tiktoken = len(first) == 2 and first[1].isdigit() and first[0].isascii()
     return Finding(
         "error", "tokenizer-not-readable", str(file),
         "The file is in tiktoken's form (Llama 3's own), not SentencePiece's."
         if tiktoken
         else f"The file {told}",
-        [*listing(file), f"begins with {b' '.join(first)[:24]!r}"],
+        [*listing(file), f"begins with {start[:24]!r}"],
         "Use the tokenizer.json that lies beside the model's Hugging Face weights."
         if tiktoken
         else "It is damaged, or of another kind: get it again, and compare its size and sha256.",

@@ -6,17 +6,20 @@ import contextlib
 import gzip
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import zstandard
 
-from chinese_llama.doctor.finding import Finding, listing
+from chinese_llama.doctor.finding import Finding, listing, some
 from chinese_llama.errors import UserError
 from chinese_llama.merging.adapter import read_object
 
 HEAD = 1 << 18  # bytes that are looked at
 POINTER = b"version https://git-lfs"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+# what browsers, curl, wget, hf and aria2 call, or put beside, a file that they have not whole yet
+UNFINISHED = (".part", ".partial", ".crdownload", ".download", ".incomplete", ".aria2")
 MAGIC = {
     b"\x1f\x8b": "gzip (.gz)",
     b"\x28\xb5\x2f\xfd": "Zstandard (.zst)",
@@ -63,6 +66,21 @@ def broken(file: Path) -> Finding | None:
             "Download it again; on a hub the link has /resolve/ in it, not /blob/.",
         )  # fmt: skip
     return None
+
+
+def unfinished(path: Path) -> Iterator[Finding]:
+    """Downloads in a directory, or the file, that were broken off."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    names = [file.name for file in files if file.suffix in UNFINISHED]
+    if names:
+        # aria2 reserves the whole file at once: what lies beside its .aria2 has its size, and holes
+        grave = path.is_file() or any(name.endswith(".aria2") for name in names)
+        yield Finding(
+            "error" if grave else "warning", "download-not-finished", str(path),
+            "A download was broken off: the file is not whole.",
+            some(names),
+            "Download it again, or go on with it, and compare its size with the source; delete what is left over.",
+        )  # fmt: skip
 
 
 def json_object(file: Path, found: list[Finding]) -> dict[str, Any]:

@@ -133,12 +133,18 @@ def _kept(opened: Opened, texts: list[str]) -> Iterator[Finding]:
             else:
                 lost.setdefault(text, line)
     if lost:
+        clean = opened.config.get("clean_up_tokenization_spaces")
+        remedy = (
+            ""
+            if clean is False
+            else "Set clean_up_tokenization_spaces to false in tokenizer_config.json; else "
+        )
         yield Finding(
             "warning", "text-is-changed", str(opened.place),
             f"{len(lost)} of {len(texts)} probe texts do not come back when they are encoded and decoded: white space "
             "or marks are lost or added.",
             some([*lost.values()]),
-            "Set clean_up_tokenization_spaces to false in tokenizer_config.json; if that is not it, " + MAKE_AGAIN,
+            remedy + MAKE_AGAIN,
         )  # fmt: skip
     if normalised:
         yield Finding(

@@ -23,6 +23,7 @@ def check_special(opened: Opened) -> Iterator[Finding]:
         yield from _ends(opened)
         yield from _pad(opened)
         yield from _beyond(opened, unknown)
+        yield from _generation(opened)
         yield from _prompts(opened)
 
 
@@ -164,6 +165,26 @@ def _beyond(opened: Opened, unknown: dict[str, str]) -> Iterator[Finding]:
             "holds one fails.",
             wrong,
             "Grow the model with chinese-llama extend-model, or use the tokenizer that it was made with.",
+        )  # fmt: skip
+
+
+def _generation(opened: Opened) -> Iterator[Finding]:
+    """Whether the model beside the tokenizer begins and ends texts with the tokenizer's tokens; there may be several
+    ends."""
+    lines = []
+    for file in ("config.json", "generation_config.json"):
+        content = json_object(opened.place / file, [])
+        for role in ("bos_token", "eos_token"):
+            own, said = getattr(opened.auto, f"{role}_id"), content.get(f"{role}_id")
+            if None not in (own, said) and own not in (said if isinstance(said, list) else [said]):
+                name = getattr(opened.auto, role)
+                lines.append(f"{file}: {role}_id {said}; the tokenizer's {name!r} is {own}")
+    if lines:
+        yield Finding(
+            "warning", "special-ids-differ", str(opened.place),
+            "The model names other control tokens than the tokenizer: generation does not stop, or stops at once.",
+            lines,
+            "Set the ids in config.json and generation_config.json to the tokenizer's (several ends as a list).",
         )  # fmt: skip
 
 

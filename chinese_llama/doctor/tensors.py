@@ -31,7 +31,7 @@ AGAIN = "Fetch the file again, and compare its size and sha256 with the source."
 class Readable(InFiles):
     """The tensors of several files, as far as they can be read; `problems` tells what cannot. With an `index`
     (names to file names), only what it lists is there, `unlisted` (by file name) what else the files have, and
-    `whole` is whether all its files were read. Has what `Named` wants."""
+    `whole` is whether all of it is there. Has what `Named` wants."""
 
     def __init__(self, files: Iterable[Path], index: dict[str, str] | None = None) -> None:
         self.problems: list[Finding] = []
@@ -50,7 +50,7 @@ class Readable(InFiles):
                 elif name not in index:
                     self.unlisted.setdefault(file.name, []).append(name)
 
-        self.whole = not self.problems and set((index or {}).values()) <= {file.name for file in self.files}
+        self.whole = not self.problems and (index or {}).keys() <= self._file_of.keys()
 
 
 def unreadable(file: Path, error: Exception) -> Finding:

@@ -275,7 +275,9 @@ def _title(kind: Kind, facts: dict[str, Any], published: str | None) -> str:
     for name, form in said.items():
         value = facts.get(name)
         if isinstance(value, (int, float)) or (isinstance(value, str) and value):
-            parts.append(form.format(value) if "{}" in form or not isinstance(value, str) else value)
+            parts.append(
+                form.format(value) if "{}" in form or not isinstance(value, str) else f"{name} {value}"
+            )
     parts += ["tied"] if facts.get("tied") else []
     parts += [f"made by {facts['made_by']}"] if facts.get("made_by") else []
     parts += [f"published as {published}"] if published else []

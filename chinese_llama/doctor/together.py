@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +29,11 @@ from chinese_llama.model.adapters import Tensors, whole_rows
 from chinese_llama.model.shards import Model, blocks
 
 LAYER = re.compile(r"layers\.(\d+)\.")
+UNTIE = (
+    'Untie the base: python -c "import torch; from transformers import AutoModelForCausalLM as A; '
+    "m = A.from_pretrained('BASE'); m.lm_head.weight = torch.nn.Parameter(m.lm_head.weight.clone()); "
+    "m.config.tie_word_embeddings = False; m.save_pretrained('untied')\"; or train with ensure_weight_tying."
+)
 # what the sentences of lineage and fit are about -> the check, and what to do where they do not say it
 TOLD = (
     ("quantised", "quantised", "Give the model before it was quantised."),
@@ -42,7 +48,7 @@ TOLD = (
     ("must be merged", "adapters-out-of-order", "Merge in that order."),
     ("must come first", "adapters-out-of-order", "Merge in that order."),
     ("must grow to", "rows-missing", "Give the extended base (chinese-llama extend-model) as the base."),
-    ("tie", "adapter-on-tied-base", "Untie the base, or train with ensure_weight_tying."),
+    ("tie", "adapter-on-tied-base", UNTIE),
     ("does not have", "adapter-of-another-base", "Give the base that the adapter was trained on."),
     ("the base (", "adapter-of-another-base", "Give the base that the adapter was trained on."),
     ("the base [", "adapter-of-another-base", "Give the base that the adapter was trained on."),
@@ -81,11 +87,11 @@ def _unknown(thing: Thing) -> Iterator[Finding]:
     if "problem" in thing.facts:
         what = f"It cannot be read ({thing.facts['problem']})."
     lines = some([Path(p).name for p in inside]) or listing(thing.path)
-    remedy = (
-        "Give what lies in it: " + " ".join(inside)
-        if inside
-        else "Look whether the path is right, and the download whole."
-    )
+    remedy = "Look whether the path is right, and the download whole."
+    if inside:
+        remedy = "Give what lies in it: " + " ".join(inside)
+    elif "problem" in thing.facts:
+        remedy = "Give yourself the right to read it, or copy it again."
     yield Finding("error", "not-recognised", str(thing.path), what, lines, remedy)
 
 
@@ -128,7 +134,9 @@ def _on_the_best(chain: Chain, models: list[Thing]) -> Iterator[Finding]:
     chain.base, chain.rows = best.base, best.rows
     yield from best.findings
     if fewest == 0 and len(models) > 1 and best.base:
-        others = [str(one.base.path) for one in tried if _wrong(one) and one.base]
+        into = "adapter-merged-already"  # which is no trouble where it was merged into what is given, too
+        unfit = [one for one in tried if _wrong(one) and into not in [each.check for each in one.findings]]
+        others = [str(one.base.path) for one in unfit if one.base]
         if others:
             names = ", ".join(adapter.name for adapter in chain.adapters)
             what = f"{names}: belongs on {best.base.path}, not on the others."
@@ -175,7 +183,8 @@ def _alone(chain: Chain) -> Iterator[Finding]:
     recorded = first.manifest.inputs.get("base", {}).get("path") if first.manifest else None
     base = known or recorded or first.config.get("base_model_name_or_path")
     what = "No base is given, so whether the adapter fits one is not known."
-    remedy = f"Give it too: chinese-llama doctor {base or 'BASE'} {chain.place}"
+    places = " ".join(shlex.quote(str(adapter.path)) for adapter in chain.adapters)
+    remedy = f"Give it too: chinese-llama doctor {base or 'BASE'} {places}"
     yield Finding(
         "note", "base-not-given", str(first.path), what, [f"trained on {base}"] if base else [], remedy
     )
@@ -226,18 +235,22 @@ def _layers(tensors: Tensors, source: Model, base: Thing) -> Iterator[Finding]:
 
 
 def _named_otherwise(adapter: Adapter, base: Thing, source: Model) -> Iterator[Finding]:
-    """Whether the base is another one than adapter_config.json names, where that is here to be compared."""
+    """Whether the base is another one than adapter_config.json names, where that is here to be compared: another model,
+    or the adapter merged into it already."""
     name = str(adapter.config.get("base_model_name_or_path") or "")
     if adapter.manifest or adapter.published or not (Path(name) / "config.json").is_file():
         return
+    lines = [f"adapter_config.json: base_model_name_or_path {name!r}"]
+    remedy = f"Give the base that it was trained on: chinese-llama doctor {name} {adapter.path}"
     if not alike(open_model(Path(name)), source):
         what = f"The adapter {adapter.name} was trained on {name}, and {base.path} has other weights: it is another model."
-        lines = [
-            f"adapter_config.json: base_model_name_or_path {name!r}",
-            f"most weights of {name} and {base.path} differ",
-        ]
-        remedy = f"Give the base that it was trained on: chinese-llama doctor {name} {adapter.path}"
+        lines.append(f"most weights of {name} and {base.path} differ")
         yield Finding("error", "adapter-of-another-base", str(adapter.path), what, lines, remedy)
+    elif Path(name).resolve() != base.path.resolve():
+        found = check_merged(base, Thing(Path(name), "model", ""), [adapter])
+        if any(finding.check == "is-the-merge" for finding in found):
+            what = f"The adapter {adapter.name} is merged into {base.path} already: a second time it would count twice."
+            yield Finding("error", "adapter-merged-already", str(adapter.path), what, lines, remedy)
 
 
 def _told(sentence: str, adapters: list[Adapter], base: Thing) -> Finding:
@@ -245,6 +258,7 @@ def _told(sentence: str, adapters: list[Adapter], base: Thing) -> Finding:
     for place in sorted([base.path, *(adapter.path for adapter in adapters)], key=lambda p: -len(str(p))):
         bare = bare.replace(str(place), "") if "/" in str(place) else bare  # else a word like "base" would go
     check, remedy = next((check, remedy) for sign, check, remedy in TOLD if sign in bare)
+    remedy = remedy.replace("'BASE'", repr(str(base.path)))
     return Finding("error", check, str(adapters[-1].path), sentence, [f"base: {base.path}"], remedy)
 
 

@@ -25,6 +25,7 @@ from chinese_llama.doctor.readings import check_readings, check_vocabulary
 from chinese_llama.doctor.special import check_special
 from chinese_llama.doctor.template import check_template
 from chinese_llama.doctor.things import Thing
+from chinese_llama.vocab.proto import USER_DEFINED
 from chinese_llama.vocab.readers import sp_reader
 from chinese_llama.vocab.scripts import is_chinese
 
@@ -42,8 +43,15 @@ def check_tokenizer(thing: Thing) -> Iterator[Finding]:
     place = thing.path.parent if thing.path.is_file() else thing.path
     names = ("tokenizer.model", "tokenizer.json", *SLOW)
     if not any((place / name).is_file() for name in (*names, *SETTINGS[:1])):
-        for file in sorted(place.glob("*.model")) if place.is_dir() else ():
+        bare = sorted(place.glob("*.model"))
+        for file in bare:
             yield from _bare(thing, file)
+        if not bare and thing.kind == "model":
+            what = "There is no tokenizer beside the weights: by themselves nothing can be asked of them."
+            remedy = (
+                "Put the tokenizer there that the model was trained with (tokenizer.model, tokenizer.json)."
+            )
+            yield Finding("note", "no-tokenizer", str(place), what, [], remedy)
         return
     own_code = "auto_map" in json_object(place / SETTINGS[0], [])
     if not own_code and not any((place / name).is_file() for name in names):
@@ -168,9 +176,11 @@ def _same_pieces(opened: Opened, vocabulary: dict[str, int]) -> Iterator[Finding
 def _added(opened: Opened, vocabulary: dict[str, int]) -> Iterator[Finding]:
     """Chinese words as added tokens, and added tokens that only some programs see."""
     tokens = opened.tokens()
-    words = [token for token in tokens if is_chinese(token)]
+    own = opened.model.pieces if opened.model is not None else ()
+    cut = [piece.piece for piece in own if piece.type == USER_DEFINED]  # SentencePiece's kind of them
+    words = [token for token in dict.fromkeys([*tokens, *cut]) if is_chinese(token)]
     if words:
-        special = sum(tokens[word][1] for word in words)
+        special = sum(tokens[word][1] for word in words if word in tokens)
         yield Finding(
             "warning" if len(words) >= MANY or special else "note", "chinese-as-added-tokens", str(opened.place),
             f"{len(words):,} Chinese words are added tokens, not pieces: they are cut out of every text by longest "

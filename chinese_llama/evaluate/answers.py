@@ -28,6 +28,7 @@ from chinese_llama.progress import say, track
 
 if TYPE_CHECKING:  # it loads torch, which `rate` and `judge` do without
     from chinese_llama.evaluate.models import Subject
+    from chinese_llama.merging.adapter import Adapter
 
 ANSWERS, PAGE, VOTES, JUDGEMENTS = "answers.jsonl", "answers.html", "votes.jsonl", "judgements.jsonl"
 JOURNAL = "journal.jsonl"
@@ -112,20 +113,20 @@ def check_room(
 
 
 def answering(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], how: How, what: str = "answering"
-) -> Iterator[str]:
-    """The answers one by one, each as if it were the only one: with the seed of `how`, whatever else is asked."""
-    from chinese_llama.evaluate.generate import answer
+    model: Any, tokenizer: Any, prompts: dict[int, Prompt], how: How, what: str = "answering"
+) -> Iterator[tuple[int, str]]:
+    """(number, answer) of prompts by number (from 1), in batches, in the order in which they end.
 
-    for prompt in track(prompts, what, len(prompts), "prompts"):
-        yield answer(model, tokenizer, prompt.text, **asdict(how))
+    A prompt's seed is that of `how` and its number: what is drawn for one says nothing of another, be it the same.
+    """
+    from chinese_llama.evaluate.generate import answer_all, model_input
 
-
-def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = 256, **how: Any
-) -> list[str]:
-    """What the model says to each prompt; the other options are those of `How`. Raises as `generate.stream`."""
-    return list(answering(model, tokenizer, prompts, How(max_new_tokens, **how)))
+    numbers = list(prompts)
+    ids = [model_input(tokenizer, prompt.text, how.raw) for prompt in prompts.values()]
+    seeds = [how.seed + number - 1 for number in numbers]
+    said = answer_all(model, tokenizer, ids, how.max_new_tokens, how.temperature, seeds)
+    for index, text in track(said, what, len(numbers), "prompts"):
+        yield numbers[index], text
 
 
 def right(said: Sequence[str], prompts: Sequence[Prompt]) -> dict[str, Any] | None:
@@ -139,35 +140,45 @@ def right(said: Sequence[str], prompts: Sequence[Prompt]) -> dict[str, Any] | No
 
 
 def answer_file(
-    prompts_file: Path, models: dict[str, str], output: Path, how: How = How(), force: bool = False
+    prompts_file: Path,
+    models: dict[str, str],
+    output: Path,
+    how: How = How(),
+    force: bool = False,
+    adapters: Sequence[Adapter] = (),
 ) -> Manifest:
     """Write `output`, a directory of answers of the `models` ({"A": place, "B": place}) to the prompts of a file; one
-    model is in memory at a time. What stands and was made from the same is kept.
+    model is in memory at a time. `adapters` are on the first, unmerged. What stands and was made from the same is kept.
 
-    Answers are kept in `output`.run as they come: a run that was stopped, killed or broken goes on. Raises BadFile for
-    prompts before a model is loaded, OutputExists, DoesNotFit, Interrupted where it is stopped.
+    Answers are kept in `output`.run as they come: a run that was stopped, killed or broken goes on; with other inputs
+    or settings it does so only with `force`, from the beginning. Raises BadFile for prompts before a model is loaded,
+    OutputExists, DoesNotFit, UserError, Interrupted where it is stopped.
     """
     from chinese_llama.evaluate.models import Subject
 
     prompts = read_prompts(prompts_file)
     subjects = {label: Subject(place, place) for label, place in models.items()}
-    inputs = [*(subject.directory for subject in subjects.values()), prompts_file]
+    first = next(iter(subjects.values()))
+    first.adapters = list(adapters)
+    first.name = " + ".join([first.place, *(adapter.name for adapter in adapters)])
+    places = {label: subject.directory for label, subject in subjects.items()} | {"prompts": prompts_file}
+    places |= {f"adapter:{i}": adapter.path for i, adapter in enumerate(adapters)}
     manifest = Manifest("answers", "generate", settings=asdict(how))
     manifest.settings["models"] = {label: subject.digest() for label, subject in subjects.items()}
-    manifest.inputs = {
-        role: input_record(path) for role, path in zip([*models, "prompts"], inputs, strict=True)
-    }
+    manifest.inputs = {role: input_record(place) for role, place in places.items()}
     if stands(output, manifest, force):
         return read_manifest(output) or manifest
     check_output(output, force)
-    check_apart(output, inputs)
+    check_apart(output, list(places.values()))
     _check_opinions(output)
     for subject in subjects.values():
         _check_model(subject, prompts, prompts_file, how.raw)
-    manifest.metrics = {"prompts": len(prompts), "models": models}
+    names = {label: subject.name for label, subject in subjects.items()}
+    manifest.metrics = {"prompts": len(prompts), "models": names}
     with _work_beside(output, len(prompts) * len(models)) as work:
-        said = _journalled(work / JOURNAL, manifest, subjects, prompts, how)
-        with new_directory(output, force, inputs) as partial:
+        _check_journal(work / JOURNAL, manifest, force)
+        said = _journalled(work / JOURNAL, subjects, prompts, how)
+        with new_directory(output, force, list(places.values())) as partial:
             _write(partial, manifest, prompts, said)
     return manifest
 
@@ -216,28 +227,41 @@ def _check_model(subject: Subject, prompts: Sequence[Prompt], file: Path, raw: b
         check_room(load_tokenizer(subject.tokenizer), subject.context, prompts, file, raw)
 
 
-def _journalled(
-    journal: Path, manifest: Manifest, subjects: dict[str, Subject], prompts: Sequence[Prompt], how: How
-) -> dict[str, list[str]]:
-    """The answers of each model, in order: those that the journal holds, and the others, which are added to it."""
+def _check_journal(journal: Path, manifest: Manifest, force: bool) -> None:
+    """Let the journal be of these inputs and settings: it is begun, or with `force` begun anew. Raises UserError where
+    it holds answers of others."""
     plan = hashlib.sha256(json.dumps([manifest.inputs, manifest.settings]).encode()).hexdigest()
     first, *rest = read_lines(journal) or [{}]
-    if first.get("plan") != plan:
-        journal.unlink(missing_ok=True)
-        append_line(journal, {"plan": plan})
-        rest = []
-    said = {label: [entry["said"] for entry in rest if entry["model"] == label] for label in subjects}
-    if rest:
-        say(f"Going on: {len(rest):,} of {len(prompts) * len(subjects):,} answers are there.")
+    if first.get("of") == plan:
+        return
+    if rest and not force:
+        raise UserError(
+            f"{journal.parent} holds {len(rest):,} answers of a run with other inputs or settings; give its command, or "
+            "another --output, or --force, which removes them."
+        )
+    journal.unlink(missing_ok=True)
+    append_line(journal, {"of": plan})
+
+
+def _journalled(
+    journal: Path, subjects: dict[str, Subject], prompts: Sequence[Prompt], how: How
+) -> dict[str, list[str]]:
+    """The answers of each model, in order: those that the journal holds, and the others, which are added to it."""
+    known = read_lines(journal)[1:]
+    if known:
+        say(f"Going on: {len(known):,} of {len(prompts) * len(subjects):,} answers are there.")
+    said: dict[str, dict[int, str]] = {label: {} for label in subjects}
+    for entry in known:
+        said[entry["model"]][entry["number"]] = entry["said"]
     for label, subject in subjects.items():
-        todo = prompts[len(said[label]) :]
-        for text in _answers_of(subject, todo, how) if todo else ():
-            append_line(journal, {"model": label, "said": text})
-            said[label].append(text)
-    return said
+        todo = {number: p for number, p in enumerate(prompts, 1) if number not in said[label]}
+        for number, text in _answers_of(subject, todo, how) if todo else ():
+            append_line(journal, {"model": label, "number": number, "said": text})
+            said[label][number] = text
+    return {label: [texts[number] for number in sorted(texts)] for label, texts in said.items()}
 
 
-def _answers_of(subject: Subject, prompts: Sequence[Prompt], how: How) -> Iterator[str]:
+def _answers_of(subject: Subject, prompts: dict[int, Prompt], how: How) -> Iterator[tuple[int, str]]:
     """The answers of a model, which is in memory until the last."""
     from chinese_llama.evaluate.models import open_subject
 

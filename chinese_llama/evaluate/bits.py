@@ -111,10 +111,11 @@ def window_nats(model: Any, batch: list[Window], filler: int) -> list[float]:
 @dataclass
 class Windows:
     """Texts as windows of ids, shortest first, and their counts by document: what `score` takes, again and
-    again. `length` and `stride` are in tokens."""
+    again. `length` and `stride` are in tokens; `unknown` is how many of the tokens stand for nothing (<unk>)."""
 
     length: int
     stride: int
+    unknown: int = 0
     windows: list[Window] = field(default_factory=list)
     characters: list[int] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
@@ -139,6 +140,7 @@ def text_windows(tokenizer: Any, texts: Iterable[str], length: int, stride: int 
         made.characters.append(len(text))
         made.bytes.append(len(text.encode()))
         made.tokens.append(len(ids))
+        made.unknown += ids.count(tokenizer.unk_token_id)
         whole: Any = np.array(
             [tokenizer.bos_token_id, *ids], np.int32
         )  # windows are views: a short stride costs little
@@ -153,7 +155,7 @@ def text_windows(tokenizer: Any, texts: Iterable[str], length: int, stride: int 
 class Scores:
     """What a model makes of each document, in their order: `nats` (negative log-likelihood), and what it is
     divided by. `window` and `stride` are in tokens; `context` is how many tokens are seen before a scored
-    one, on average."""
+    one, on average; `unknown` tokens hide characters, so their nats are too few."""
 
     nats: list[float]
     characters: list[int]
@@ -162,10 +164,11 @@ class Scores:
     window: int
     stride: int
     context: float
+    unknown: int = 0
 
     def figures(self) -> dict[str, Any]:
         """bits_per_character, bits_per_byte, perplexity (per token), characters_per_token; characters, bytes,
-        tokens, documents, window, stride, context."""
+        tokens, unknown, documents, window, stride, context."""
         nats, characters = math.fsum(self.nats), sum(self.characters)
         size, tokens = sum(self.bytes), sum(self.tokens)
         return {
@@ -176,6 +179,7 @@ class Scores:
             "characters": characters,
             "bytes": size,
             "tokens": tokens,
+            "unknown": self.unknown,
             "documents": len(self.nats),
             "window": self.window,
             "stride": self.stride,
@@ -196,7 +200,7 @@ def score(
                 raise NotFinite(window.document, value)
             nats[window.document] += value
     counts = (texts.characters, texts.bytes, texts.tokens)
-    return Scores(nats, *counts, texts.length, texts.stride, texts.context)
+    return Scores(nats, *counts, texts.length, texts.stride, texts.context, texts.unknown)
 
 
 def _batches(todo: list[Window], batch_tokens: int) -> Iterator[list[Window]]:

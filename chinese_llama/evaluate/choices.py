@@ -3,30 +3,64 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
 
-from chinese_llama.data.formats import documents
-from chinese_llama.errors import UserError
-from chinese_llama.evaluate.exams import Exam, find_exam, read_exam
+from chinese_llama.data.formats import corpus_files, documents, records
+from chinese_llama.data.templates import text_ids
+from chinese_llama.errors import BadFile, UserError
+from chinese_llama.evaluate.exams import LETTERS, Exam, Questions, find_exam, read_exam
 from chinese_llama.progress import say
 
 
 def check_harness() -> None:
     """Raise UserError if lm-evaluation-harness is not installed: it is an extra."""
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
+    if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             'Multiple choice and WikiText-style perplexity need pip install "chinese-llama[eval]".'
-        ) from error
+        )
 
 
 def check_choices(exam: str, place: str | Path, shots: int) -> None:
     """Raise UserError or BadFile for what would stop `multiple_choice`; no model is needed for it."""
     check_harness()
     read_exam(find_exam(exam), place, shots)
+
+
+def check_fits(exam: str, place: str | Path, shots: int, tokenizer: Any, window: int | None) -> None:
+    """Raise what `check_choices` raises, and BadFile for a question that is longer, without examples, than the
+    `window` tokens that a model reads (None: not known)."""
+    check_harness()
+    told = find_exam(exam)
+    _check_lengths(told, read_exam(told, place, shots), tokenizer, window)
+
+
+def _check_lengths(exam: Exam, questions: Questions, tokenizer: Any, window: int | None) -> None:
+    """Refuse what HFLM would cut: a question without its beginning is another."""
+    from jinja2 import Template
+
+    template = Template(exam.task["description"] + exam.task["doc_to_text"])  # as the harness has it
+    long = []
+    for subject, splits in questions.items():
+        name, _ = exam.subjects[subject]
+        for one in splits["test"]:
+            prompt = template.render(subject=name, **one.texts)
+            # A token is at least a byte: most need not be counted. Twice, for what a normaliser may add.
+            if window and 2 * len(prompt.encode()) > window:
+                # bos is before an answer, whose last token is not read
+                length = max(map(len, text_ids(tokenizer, [prompt + letter for letter in LETTERS])))
+                long += [(length, one)] if length > window else []
+    if long:
+        length, worst = max(long, key=lambda one: one[0])
+        others = f" and {len(long) - 1} more that are too long" if len(long) > 1 else ""
+        raise BadFile(
+            worst.file,
+            f"the question is {length:,} tokens long without an example, the model reads {window:,}; give a "
+            f"directory without it{others}.",
+            worst.line,
+        )
 
 
 def multiple_choice(model: Any, tokenizer: Any, exam: str, place: str | Path, shots: int) -> dict[str, Any]:
@@ -41,13 +75,14 @@ def multiple_choice(model: Any, tokenizer: Any, exam: str, place: str | Path, sh
     "questions", "category"}}, "shots_used": {name: least before a question}, "missing": subjects of the exam that
     are not in `place`, "source"}.
 
-    Raises what `check_choices` raises, and UserError for a question that is longer than the model reads.
+    Raises what `check_fits` raises, and UserError for values that are not finite.
     """
     check_harness()
     from chinese_llama.evaluate.harness import run
 
     told = find_exam(exam)
     questions = read_exam(told, place, shots)
+    _check_lengths(told, questions, tokenizer, getattr(model.config, "max_position_embeddings", None))
     missing = [subject for subject in told.subjects if subject not in questions]
     if missing:
         say(
@@ -56,7 +91,7 @@ def multiple_choice(model: Any, tokenizer: Any, exam: str, place: str | Path, sh
     tasks = {}
     for subject, splits in questions.items():
         name, _ = told.subjects[subject]
-        named = {split: [{"subject": name, **row} for row in rows] for split, rows in splits.items()}
+        named = {split: [{"subject": name, **one.texts} for one in found] for split, found in splits.items()}
         tasks[subject] = (_config(told, shots), named)
     results = run(model, tokenizer, tasks)
     for subject in questions:
@@ -128,33 +163,42 @@ def average(subjects: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-WIKITEXT = {
-    "output_type": "loglikelihood_rolling",
-    "test_split": "test",
-    "doc_to_text": "",
-    "doc_to_target": "text",
-    # Its perplexities overflow on a text without spaces, where a word is thousands of nats.
-    "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
-}
+def check_wikitext(path: Path) -> None:
+    """Raise UserError or BadFile for what would stop `wikitext`; no model is needed for it."""
+    check_harness()
+    next(documents(path))
 
 
 def wikitext(model: Any, tokenizer: Any, path: Path) -> dict[str, Any]:
-    """Perplexity of the documents in `path` as the harness's task wikitext measures it, but on the text as it is
-    (that task undoes WikiText's own spacing): {"word_perplexity", "byte_perplexity", "bits_per_byte",
-    "documents", "words", "bytes", "source"}.
+    """Perplexity of the documents in `path` as the harness's task wikitext measures it: {"word_perplexity",
+    "byte_perplexity", "bits_per_byte", "documents", "words", "bytes", "source"}.
 
-    Words are what white space separates: for Chinese, look at the bytes. Every token is scored once, in windows
-    that do not overlap (but the last of a document, which is as long as the others): the first tokens of a
-    window do not see what is before it. `evaluate.bits` lets windows overlap by half; its bits per byte are the
-    same where each document fits into one window. Raises BadFile for a text that cannot be read.
+    As there, WikiText's own spacing (" @-@ ", " , ") is undone before the model reads a text, and words, which
+    are what white space separates, and bytes are those of the text as it was: for Chinese, look at the bytes.
+    Every token is scored once, in windows that do not overlap (but the last of a document, which is as long as
+    the others): the first tokens of a window do not see what is before it. `evaluate.bits` lets windows overlap
+    by half; its bits per byte are the same where each document fits into one window and has no such spacing.
+    Raises BadFile for a text that cannot be read.
     """
     check_harness()
     from lm_eval.api.task import Task
+    from lm_eval.tasks.wikitext import preprocess_wikitext as published
 
     from chinese_llama.evaluate.harness import run
 
-    texts = list(documents(path))
-    results = run(model, tokenizer, {"wikitext": (WIKITEXT, {"test": [{"text": text} for text in texts]})})
+    texts = _articles(path)
+    task = {
+        "output_type": "loglikelihood_rolling",
+        "test_split": "test",
+        "doc_to_text": "",
+        "doc_to_target": published.wikitext_detokenizer,
+        # Its perplexities overflow on a text without spaces, where a word is thousands of nats.
+        "process_results": lambda *told: {"bits_per_byte": published.process_results(*told)["bits_per_byte"]},
+        "metric_list": [
+            {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+        ],
+    }
+    results = run(model, tokenizer, {"wikitext": (task, {"test": [{"page": text} for text in texts]})})
     bits = results["wikitext"]["bits_per_byte,none"]
     words, size = sum(map(Task.count_words, texts)), sum(map(Task.count_bytes, texts))
     return {
@@ -166,3 +210,24 @@ def wikitext(model: Any, tokenizer: Any, path: Path) -> dict[str, Any]:
         "bytes": size,
         "source": _source(),
     }
+
+
+def _articles(path: Path) -> list[str]:
+    """The documents in `path`. WikiText itself, which is published line by line, is put together to articles as
+    the harness has it (https://huggingface.co/datasets/EleutherAI/wikitext_document_level)."""
+    texts = list(documents(path))
+    if not any(map(_begins_article, texts)):
+        return texts
+    found = [record for file in corpus_files(path) for _, record in records(file)]
+    articles: list[list[str]] = [[]]
+    for line in (record if isinstance(record, str) else record["text"] for record in found):
+        if _begins_article(line):
+            articles.append([])
+        articles[-1].append(line.removesuffix("\n"))
+    return [text for text in map("\n".join, articles) if text.strip()]
+
+
+def _begins_article(line: str) -> bool:
+    """True for a title, " = Valkyria Chronicles III = ", but not for a section's, with more of these signs."""
+    title = line.replace("= = =", "===").replace("= =", "==").strip()
+    return title.startswith("= ") and title.endswith(" =") and "\n" not in title

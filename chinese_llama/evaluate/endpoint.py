@@ -78,17 +78,30 @@ class Endpoint:
         )  # no proxy sees the key of a local server
         self._opener = urllib.request.build_opener(_NoRedirects, *direct)
         self._closed = threading.Event()
+        self._own_temperature = False  # models that think take no other
 
     def ask(self, messages: list[dict[str, str]]) -> str:
-        """The answer to `messages` at temperature 0; "" where it holds no text.
+        """The answer to `messages`, at temperature 0 where the model takes that; "" where it holds no text.
 
         Raises Refused where this request is not taken, and UserError where none will be: a wrong URL or key, no
         endpoint, or a fault that the tries have not outlasted.
         """
-        body = json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode()
+        request: dict[str, Any] = {"model": self.model, "messages": messages}
+        if not self._own_temperature:
+            try:
+                return self._tried(request | {"temperature": 0})
+            except Refused as error:
+                if "temperature" not in str(error):
+                    raise
+                self._own_temperature = True
+        return self._tried(request)
+
+    def _tried(self, request: dict[str, Any]) -> str:
+        body = json.dumps(request).encode()
         for tried in range(self.retries + 1):
             try:
-                return _text(self._safe, self.shown, _within(self.timeout, lambda: self._post(body)))
+                said = _text(self._safe, self.shown, _within(self.timeout, lambda: self._post(body)))
+                return said.replace(self._key, "***")
             except _Passing as error:
                 if tried == self.retries:
                     tries = f" ({tried + 1} tries)" if tried else ""
@@ -213,19 +226,19 @@ def _read(response: http.client.HTTPResponse, seconds: float) -> bytes:
 
 
 def _text(safe: Callable[[str], str], shown: str, raw: bytes) -> str:
-    """The text of the first choice in a reply."""
+    """The text of the first choice in a reply. What is no reply may pass: gateways give errors with status 200."""
     try:
         reply = json.loads(raw)
     except (ValueError, RecursionError):
         start = safe(raw[:200].decode("utf-8", "replace"))
-        what = "a web page" if start.startswith("<") else f"something else ({start or 'nothing'})"
+        if not start.startswith("<"):
+            raise _Passing(f"answers with what is no JSON ({start or 'nothing'})") from None
         raise UserError(
-            f"{shown} answers with {what}, not JSON; give the URL of the API, such as http://localhost:8000/v1."
+            f"{shown} answers with a web page, not JSON; give the URL of the API, such as http://localhost:8000/v1."
         ) from None
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or not choices:
-        said = safe(_message(raw))
-        raise UserError(f"{shown} answers with JSON that has no choices ({said}), so it is no chat endpoint.")
+        raise _Passing(f"answers with JSON that has no choices ({safe(_message(raw))})")
     message = choices[0].get("message") if isinstance(choices[0], dict) else None
     content = message.get("content") if isinstance(message, dict) else None
     return content if isinstance(content, str) else ""

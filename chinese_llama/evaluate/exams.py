@@ -2,17 +2,18 @@
 
 A place is a directory (of the exam, or one level above it), the published .zip, or a hub id. In it lie
 folders dev and val (C-Eval) or test (CMMLU) with a CSV file for each subject, or, as the hub converts such
-data, a folder for each subject with Parquet files for each split.
+data, a folder for each subject with a file for each split; not in archives, these may be Parquet or JSON lines.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,20 @@ TASKS = Path(__file__).with_name("tasks")
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", *LETTERS, "answer")
 DEV = "dev"  # the split that examples are from
-Questions = dict[str, dict[str, list[dict[str, str]]]]  # subject -> "dev", "test" -> records
+KINDS = ("csv", "parquet", "jsonl")
 Folder = Path | zipfile.Path
+
+
+@dataclass(frozen=True)
+class Question:
+    """The texts of COLUMNS, and where they stand: `line` is the record's first, or its number in a Parquet file."""
+
+    texts: dict[str, str]
+    file: str = field(compare=False)
+    line: int | None = field(compare=False)
+
+
+Questions = dict[str, dict[str, list[Question]]]  # subject -> "dev", "test" -> questions
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ def read_exam(exam: Exam, place: str | Path, shots: int) -> Questions:
     return questions
 
 
-def _examples(exam: Exam, root: Folder, subject: str, shots: int) -> list[dict[str, str]]:
+def _examples(exam: Exam, root: Folder, subject: str, shots: int) -> list[Question]:
     file = _files(exam, root, DEV).get(subject)
     if file is None:
         expected = root / DEV / exam.files.format(subject=subject, split=DEV)
@@ -91,7 +104,7 @@ def _find(exam: Exam, place: str | Path) -> tuple[Folder, dict[str, Folder]]:
     """The exam's folder in `place`, and in it the scored files by subject."""
     packed = str(place).endswith(".zip")
     if is_hub_id(place) and not packed:
-        given = dataset(str(place), ["**/*.csv", "**/*.zip", "**/*.parquet"])
+        given = dataset(str(place), [f"**/*.{kind}" for kind in (*KINDS, "zip")])
     else:
         given = Path(place)
     if not given.is_dir() and not (packed and given.is_file()):
@@ -128,23 +141,27 @@ def _folders(place: Folder) -> list[Folder]:
 
 def _files(exam: Exam, root: Folder, split: str) -> dict[str, Folder]:
     """The file of each subject for a split."""
-    ending = exam.files.format(subject="", split=split)
+    ending = exam.files.format(subject="", split=split).removesuffix(".csv")
     folder = root / split
     if folder.is_dir():
-        files = [file for file in folder.iterdir() if not file.name.startswith(".")]
-        return {file.name.removesuffix(ending): file for file in files if file.name.endswith(ending)}
+        kinds = "|".join(KINDS if isinstance(folder, Path) else KINDS[:1])
+        named = re.compile(rf"([^.].*?)(?:{ending})?\.(?:{kinds})")
+        found = ((named.fullmatch(file.name), file) for file in folder.iterdir())
+        return {name[1]: file for name, file in found if name}
     if not isinstance(root, Path):
         return {}
-    parquet = [*root.glob(f"*/{split}-*.parquet"), *root.glob(f"*/{split}/*.parquet")]
-    return {file.relative_to(root).parts[0]: file for file in sorted(parquet)}
+    below = [root.glob(f"*/{split}{rest}.{kind}") for kind in KINDS for rest in ("", "-*", "/[0-9]*")]
+    return {
+        file.relative_to(root).parts[0]: file for file in sorted(file for found in below for file in found)
+    }
 
 
-def _read(file: Folder) -> list[dict[str, str]]:
-    """The records of a file, with the fields of COLUMNS, each as it is written.
+def _read(file: Folder) -> list[Question]:
+    """The questions of a file, each as it is written.
 
     The csv module reads them and not pandas (as the harness would), for which 1.50 is 1.5 and None is missing.
     """
-    rows = list(records(file)) if file.name.endswith(".parquet") and isinstance(file, Path) else _csv(file)
+    rows = records(file) if isinstance(file, Path) and file.suffix != ".csv" else _csv(file)
     found = [_question(str(file), line, row) for line, row in rows]
     if not found:
         raise BadFile(str(file), "holds no questions.")
@@ -179,20 +196,23 @@ def _csv(file: Folder) -> list[tuple[int, dict[str, str]]]:
     return found
 
 
-def _check_columns(file: str, header: list[str]) -> None:
+def _check_columns(file: str, header: list[str], line: int | None = None) -> None:
     written = {name.strip().lower() for name in header}
     missing = [name for name in COLUMNS if name.lower() not in written]
     if missing:
         names = ", ".join(name for name in header if name.strip()) or "nothing"
-        raise BadFile(file, f"has no column {missing[0]!r} (found: {names}).")
+        raise BadFile(file, f"has no column {missing[0]!r} (found: {names}).", line)
 
 
-def _question(file: str, line: int | None, row: dict[str, Any]) -> dict[str, str]:
+def _question(file: str, line: int | None, row: Any) -> Question:
     """The fields of COLUMNS of a record, whose names C-Eval and CMMLU write with and without capitals."""
-    _check_columns(file, list(row))
+    if not isinstance(row, dict):
+        raise BadFile(file, f"holds a {type(row).__name__} where a question is wanted.", line)
+    _check_columns(file, list(row), line)
     by_name = {name.strip().lower(): value for name, value in row.items()}
-    question = {name: str(by_name[name.lower()]) for name in COLUMNS}
-    question["answer"] = question["answer"].strip()
-    if question["answer"] not in LETTERS:
-        raise BadFile(file, f"the answer is {question['answer']!r}, not one of A, B, C, D.", line)
-    return {name: valid_unicode(Path(file), line, text) for name, text in question.items()}
+    found = {name: by_name[name.lower()] for name in COLUMNS}
+    texts = {name: "" if value is None else str(value) for name, value in found.items()}
+    texts["answer"] = texts["answer"].strip().upper()
+    if texts["answer"] not in LETTERS:
+        raise BadFile(file, f"the answer is {texts['answer']!r}, not one of A, B, C, D.", line)
+    return Question({name: valid_unicode(Path(file), line, text) for name, text in texts.items()}, file, line)

@@ -37,8 +37,8 @@ def run(
     """The metrics of tasks, by name; a task is what the harness is told, and records by split. With them, of
     multiple choice, "shots": how many examples each question has before it.
 
-    `evaluate` and not `simple_evaluate`, which would seed the program's random numbers. Raises UserError for a
-    question that is longer than the model reads, and for values that are not finite.
+    `evaluate` and not `simple_evaluate`, which would seed the program's random numbers. Questions have to fit
+    into the model's context without examples. Raises UserError for values that are not finite.
     """
     loaded = Loaded(model, tokenizer)
     with _quiet():
@@ -151,13 +151,9 @@ class Loaded(LM):
         """For each (prompt, choice): the choice's log-probability. No metric of ours asks whether the model would
         have said it, so this is always False."""
         asked: list[Asked] = []
-        longest: dict[str, int] = {}
         for context, group in itertools.groupby(requests, key=lambda request: request.args[0]):
             same = list(group)
-            pairs, length = self._fitting(same[0], context, [request.args[1] for request in same])
-            longest[same[0].task_name] = max(length, longest.get(same[0].task_name, 0))
-            asked += pairs
-        self._check_length(longest)
+            asked += self._fitting(same[0], context, [request.args[1] for request in same])
         with contextlib.redirect_stderr(self.terminal):
             found = likelihoods(self.model, asked, self.tokenizer.eos_token_id, self.batch_tokens)
         for request, value in zip(requests, found, strict=True):
@@ -167,9 +163,9 @@ class Loaded(LM):
                 )
         return [(value, False) for value in found]
 
-    def _fitting(self, request: Any, context: str, choices: list[str]) -> tuple[list[Asked], int]:
-        """The ids of a prompt with each choice, and how many the model has to read. Where those are too many, the
-        prompt loses its examples one by one, the first one first."""
+    def _fitting(self, request: Any, context: str, choices: list[str]) -> list[Asked]:
+        """The ids of a prompt with each choice. Where those are too many for the model, the prompt loses its
+        examples one by one, the first one first."""
         task = self.tasks.get(request.task_name)
         shots = task.config.num_fewshot if task else 0
         while True:
@@ -177,29 +173,19 @@ class Loaded(LM):
             length = max(len(before) + len(wanted) - 1 for before, wanted in pairs)
             if not (task and shots and self.limit and length > self.limit):
                 self.shots[request.task_name].append(shots)
-                return pairs, length
+                return pairs
             shots -= 1
             context = _with_last(task, request.doc, shots)
-
-    def _check_length(self, longest: dict[str, int]) -> None:
-        """Refuse what HFLM would cut: a question without its beginning is another."""
-        long = {name: length for name, length in longest.items() if self.limit and length > self.limit}
-        if long:
-            worst = max(long, key=lambda name: long[name])
-            raise UserError(
-                f"{worst}: a question is {long[worst]:,} tokens long without an example, the model reads {self.limit:,}; "
-                f"give a directory without what is too long for it ({', '.join(sorted(long))})."
-            )
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """For each text: its log-probability after bos, in the harness's windows, of which none but the last of a
         text overlaps with another. Raises NotFinite."""
-        length = window_length(self.limit)
-        texts = Windows(length, length - 1)
+        length = window_length(self.limit)  # of what is read: the last id of a window is only asked for
+        texts = Windows(length + 1, length)
         for number, request in enumerate(requests):
             ids = text_ids(self.tokenizer, request.args[0])
             texts.tokens.append(len(ids))
-            for fed in utils.get_rolling_token_windows(ids, self.tokenizer.bos_token_id, length - 1, 1):
+            for fed in utils.get_rolling_token_windows(ids, self.tokenizer.bos_token_id, length, 1):
                 context, wanted = utils.make_disjoint_window(fed)
                 texts.windows.append(Window(context + wanted, len(context), number))
         texts.windows.sort(key=lambda window: len(window.ids))

@@ -89,10 +89,13 @@ class Task:
 def verdict(said: str, order: Sequence[str]) -> dict[str, Any] | None:
     """{"verdict": label or "tie"} or {"score": 1 to 10} of a reply; None where it is not just one.
 
-    The object may stand in a fence of code or among words, and after thoughts (<think>...</think>).
+    The object may stand in a fence of code or among words, and after thoughts (<think>...</think>), not in them.
     """
     field = "better" if len(order) == 2 else "score"
-    found = [value[field] for value in _objects(said.rpartition("</think>")[2][-READ:]) if field in value]
+    rest = said.rpartition("</think>")[2].lstrip()
+    if rest.startswith("<think>"):  # cut off while it thought
+        return None
+    found = [value[field] for value in _objects(rest[-READ:]) if field in value]
     values = {str(value) for value in found if type(value) in (int, str)}
     if len(values) != 1 or len(found) != sum(type(value) in (int, str) for value in found):
         return None

@@ -242,7 +242,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def serve(directory: Path, port: int) -> None:
-    """Serve the page of a directory of answers until Ctrl-C; then print the tally. Raises UserError."""
+    """Serve the page of a directory of answers until Ctrl-C. Raises UserError."""
     votes = Votes(directory)
     with Server(votes, port) as server:
         try:
@@ -250,4 +250,3 @@ def serve(directory: Path, port: int) -> None:
             server.serve_forever()
         except KeyboardInterrupt:
             print()
-    print(votes.told())

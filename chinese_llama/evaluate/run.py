@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,14 @@ def check(subjects: Sequence[Subject], request: Request) -> dict[str, list[str]]
             raise UserError(f"{subject.name}: {error}") from error
     if request.choices or request.wikitext:
         from chinese_llama.evaluate import choices
+        from chinese_llama.model.load import load_tokenizer
 
-        choices.check_harness()
         for exam, place in request.choices.items():
-            choices.check_choices(exam, place, request.shots)
+            for subject in subjects:
+                tokenizer = load_tokenizer(subject.tokenizer or subject.directory)
+                choices.check_fits(exam, place, request.shots, tokenizer, subject.context)
         if request.wikitext:
-            next(documents(request.wikitext))
+            choices.check_wikitext(request.wikitext)
     return {name: list(documents(path)) for name, path in request.texts.items()}
 
 
@@ -68,14 +70,48 @@ def measure(subject: Subject, request: Request, keep: Path | None = None) -> dic
     named = {"name": subject.name, "model": subject.place, "loras": [a.name for a in subject.adapters]}
     sha = subject.identity()
     where = {"device": device(), "dtype": resolve_dtype("auto")}
-    file = keep / f"{_digest(subject, request, where)}.json" if keep else None
-    told = _remembered(file)
-    if told is None:
-        told = {"sha256": sha, **where, **_measured(subject, request, texts)}
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(told, ensure_ascii=False) + "\n")
+    told = _kept(
+        keep,
+        _digest(subject, request, where),
+        lambda: {"sha256": sha, **where, **_measured(subject, request, texts)},
+    )
     return named | told
+
+
+def speeds(subjects: Sequence[Subject], request: Request, keep: Path | None = None) -> list[dict[str, Any]]:
+    """Decoding speed of models on the text with the most bytes a character: its name ("text") and what
+    `decoding_speeds` gives. They take turns where the memory holds all of them at once. `keep` as in `measure`."""
+    from chinese_llama.model.load import device, quiet_libraries, resolve_dtype
+
+    quiet_libraries()
+    texts, where = (
+        check(subjects, Request(request.texts)),
+        {"device": device(), "dtype": resolve_dtype("auto")},
+    )
+    groups = [list(subjects)] if _fit(subjects) else [[subject] for subject in subjects]
+    asked = "\n".join(_digest(subject, Request(request.texts, speed=True), where) for subject in subjects)
+    told = _kept(
+        keep,
+        hashlib.sha256(asked.encode()).hexdigest(),
+        lambda: {"speeds": [one for group in groups for one in _speeds(group, texts)]},
+    )
+    return list(told["speeds"])
+
+
+def _speeds(subjects: Sequence[Subject], texts: dict[str, list[str]]) -> list[dict[str, Any]]:
+    with _in_memory(" and ".join(subject.name for subject in subjects)):
+        return _decoded([open_subject(subject) for subject in subjects], texts)
+
+
+def _fit(subjects: Sequence[Subject]) -> bool:
+    """Whether the memory holds these models together; float16 in a file is float32 on a CPU."""
+    import psutil
+    import torch
+
+    files = (file for subject in subjects for file in subject.directory.iterdir())
+    size = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin"))
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    return 2 * size < free
 
 
 def compared(measured: dict[str, Any], baseline: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -87,14 +123,21 @@ def compared(measured: dict[str, Any], baseline: dict[str, Any]) -> dict[str, di
 
 
 def _measured(subject: Subject, request: Request, texts: dict[str, list[str]]) -> dict[str, Any]:
+    with _in_memory(subject.name):
+        model, tokenizer = open_subject(subject)
+        return _figures(subject, request, texts, model, tokenizer)
+
+
+@contextlib.contextmanager
+def _in_memory(name: str) -> Iterator[None]:
+    """Raise UserError where the GPU has too little memory for what is done with a model."""
     import torch
 
     try:
-        model, tokenizer = open_subject(subject)
-        return _figures(subject, request, texts, model, tokenizer)
+        yield
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
-            f"{subject.name} does not fit into the GPU's memory; give a smaller --window, free some memory, or use the CPU "
+            f"{name} does not fit into the GPU's memory; give a smaller --window, free some memory, or use the CPU "
             "(CUDA_VISIBLE_DEVICES=)."
         ) from error
 
@@ -106,10 +149,7 @@ def _figures(
     for name, found in texts.items():
         told["texts"][name], told["documents"][name] = _text(subject, request, name, found, model, tokenizer)
     if request.speed:
-        from chinese_llama.evaluate.speed import decoding_speed, sample
-
-        name = max(texts, key=lambda name: _density(texts[name]))
-        told["speed"] = {"text": name, **decoding_speed(model, tokenizer, sample(texts[name]))}
+        told["speed"] = _decoded([(model, tokenizer)], texts)[0]
     if request.choices or request.wikitext:
         from chinese_llama.evaluate import choices
 
@@ -158,6 +198,13 @@ def _cause(model: Any) -> str:
     )
 
 
+def _decoded(models: list[tuple[Any, Any]], texts: dict[str, list[str]]) -> list[dict[str, Any]]:
+    from chinese_llama.evaluate.speed import decoding_speeds, sample
+
+    name = max(texts, key=lambda name: _density(texts[name]))
+    return [{"text": name, **told} for told in decoding_speeds(models, sample(texts[name]))]
+
+
 def _density(found: list[str]) -> float:
     """Bytes per character of the beginning of a text: about 3 in Chinese, 1 in English."""
     start = "".join(found[:10])[:10_000]
@@ -177,6 +224,18 @@ def _digest(subject: Subject, request: Request, where: dict[str, str]) -> str:
         "rest": [request.shots, request.speed, where, __version__],
     }
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def _kept(keep: Path | None, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `keep` remembers by a name, else what is made; then that is remembered."""
+    file = keep / f"{name}.json" if keep else None
+    told = _remembered(file)
+    if told is None:
+        told = make()
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(told, ensure_ascii=False) + "\n")
+    return told
 
 
 def _remembered(file: Path | None) -> dict[str, Any] | None:

@@ -1,79 +1,134 @@
-"""What `eval` prints: a table for each text and exam, models below each other, in at most 100 columns."""
+"""What `eval` prints: tables of 80 columns for each text and exam."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chinese_llama.evaluate.compare import FEW, LEVEL
 from chinese_llama.evaluate.report.values import columns
 
+WIDE = 80  # columns of a terminal
 WIDTH = 16  # of a name
-COLUMNS = (  # title in two lines, width, key, form
-    (("chars/", "token"), 8, "characters_per_token", ".3f"),
-    (("bits per", "character"), 10, "bits_per_character", ".3f"),
-    (("bits per", "byte"), 9, "bits_per_byte", ".3f"),
-    (("perplexity", "per token"), 11, "perplexity", ".2f"),
+SURE = f"{100 * LEVEL:.0f} %"
+TITLES = (
+    ["", "chars/", "bits per", SURE, "bits per", "perplexity", "context"],
+    ["", "token", "character", "interval", "byte", "per token", "tokens"],
 )
-CHANGE = 25
-SHARE = 14  # of an exam's category
+
+
+def aligned(rows: Sequence[Sequence[str]], wide: int = WIDE) -> list[str]:
+    """Rows of cells, titles too, as lines: the first of each to the left, the others to the right, two columns
+    apart. Those that do not fit into `wide` columns go below, beside the first ones again."""
+    widths = [max(columns(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines: list[str] = []
+    start = end = 1
+    while end < len(widths):
+        used = widths[0]
+        while end < len(widths) and (end == start or used + 2 + widths[end] <= wide):
+            used += 2 + widths[end]
+            end += 1
+        lines += [""] if lines else []
+        for row in rows:
+            cells = "".join(" " * (2 + widths[i] - columns(row[i])) + row[i] for i in range(start, end))
+            lines.append((row[0] + " " * (widths[0] - columns(row[0])) + cells).rstrip())
+        start = end
+    return lines
 
 
 def told(measured: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> str:
     """The figures of models (see `run.measure`), the baseline first, and of their comparisons with it."""
     parts = [_legend(measured)]
     for name in measured[0]["texts"]:
-        compared = {c["stage"]: c["texts"][name] for c in comparisons if name in c["texts"]}
-        parts.append(_text(name, measured, compared))
+        parts.append(_text(name, measured, [c for c in comparisons if name in c["texts"]]))
+    if measured[0]["texts"]:
+        parts.append(_windows(measured))
     parts += [_choices(index, measured) for index in range(len(measured[0]["choices"]))]
     if measured[0]["wikitext"]:
-        parts.append(_rows("WikiText", [(m["name"], f"{m['wikitext']['word_perplexity']:.2f} per word, "
-            f"{m['wikitext']['byte_perplexity']:.3f} per byte (perplexity)") for m in measured]))  # fmt: skip
+        parts.append(_wikitext(measured))
     if measured[0]["speed"]:
         parts.append(_speed(measured))
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
-def _legend(measured: Sequence[dict[str, Any]]) -> str:
+def _legend(measured: Sequence[dict[str, Any]]) -> list[str]:
     """Which model a name that was cut stands for."""
-    lines = [f"{_name(m['name'])} {m['model']}" + "".join(f" + {a}" for a in m["loras"]) for m in measured]
     cut = any(m["name"] != m["model"] or columns(m["name"]) > WIDTH for m in measured)
-    return "\n".join(lines) if cut else ""
-
-
-def _text(name: str, measured: Sequence[dict[str, Any]], compared: dict[str, Any]) -> str:
-    first = measured[0]["texts"][name]
-    lines = [
-        f"{name}: {_count(first['documents'])}, {first['characters']:,} characters, {first['bytes']:,} bytes"
+    names = [cut_name(m["name"]) for m in measured] if cut else []
+    pad = max(map(columns, names), default=0) + 2
+    return [
+        " + ".join([name + " " * (pad - columns(name)) + m["model"], *m["loras"]])
+        for name, m in zip(names, measured, strict=False)
     ]
-    for row in (0, 1):
-        cells = "".join(f"{title[row]:>{width}}" for title, width, _, _ in COLUMNS)
-        change = ("change of bits", f"({100 * LEVEL:.0f} % interval)")[row] if compared else ""
-        lines.append(f"{'':{WIDTH}}{cells}{change:>{CHANGE}}".rstrip())
+
+
+def _text(name: str, measured: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> list[str]:
+    first = measured[0]["texts"][name]
+    rows = [_figures(cut_name(m["name"]), m["texts"][name]) for m in measured]
+    return [
+        f"{name}: {_count(first['documents'])}, {first['characters']:,} characters, {first['bytes']:,} bytes",
+        *aligned([*TITLES, *rows]),
+        *_changes(name, comparisons),
+        *_remarks(name, measured),
+    ]
+
+
+def _figures(model: str, found: Mapping[str, Any]) -> list[str]:
+    interval = found["interval"]["bits_per_character"]
+    return [
+        model,
+        f"{found['characters_per_token']:.3f}",
+        _bits(found["bits_per_character"]),
+        "-".join(map(_bits, interval)) if interval else "",
+        _bits(found["bits_per_byte"]),
+        f"{found['perplexity']:.2f}" if found["perplexity"] < 1e6 else f"{found['perplexity']:.1e}",
+        f"{found['context']:,.0f}",
+    ]
+
+
+def _changes(name: str, comparisons: Sequence[dict[str, Any]]) -> list[str]:
+    """How the bits of models differ from the baseline's, and whether that keeps to a limit."""
+    if not comparisons:
+        return []
+    limit = any(name in c["limits"] for c in comparisons)
+    rows = [["", "change", f"{SURE} interval", "verdict", *(["limit"] if limit else [])]]
+    for c in comparisons:
+        found, ends = c["texts"][name], c["texts"][name]["interval"]
+        row = [cut_name(c["stage"]), f"{_percent(found['difference'])} %"]
+        row += [" to ".join(map(_percent, ends)) if ends else "", found["verdict"]]
+        if limit:
+            row.append(f"{'over' if name in c['broken'] else 'within'} {100 * c['limits'][name]:.3g} %")
+        rows.append(row)
+    return [f"Bits against {cut_name(comparisons[0]['baseline'])}:", *aligned(rows)]
+
+
+def _remarks(name: str, measured: Sequence[dict[str, Any]]) -> list[str]:
+    """What to think of when comparing."""
+    lines = []
     for model in measured:
-        figures = model["texts"][name]
-        cells = "".join(f"{_number(figures[key], form):>{width}}" for _, width, key, form in COLUMNS)
-        change = _change(compared[model["name"]]) if model["name"] in compared else ""
-        lines.append(f"{_name(model['name'])}{cells}{change}".rstrip())
-    lines.append(_context(name, measured))
-    if compared and first["documents"] < FEW:
-        lines.append(f"Only {_count(first['documents'])}: such an interval is narrower than it should be.")
-    return "\n".join(lines)
+        found = model["texts"][name]
+        if found["unknown"]:
+            share = found["unknown"] / found["tokens"]
+            lines.append(
+                f"{cut_name(model['name'])}: {share:.1%} of the tokens are unknown; what they hide costs no bits."
+            )
+    documents = measured[0]["texts"][name]["documents"]
+    if 1 < documents < FEW:
+        lines.append(f"Only {_count(documents)}: intervals are narrower than they should be.")
+    return lines
 
 
-def _context(name: str, measured: Sequence[dict[str, Any]]) -> str:
-    """How many tokens the models saw, in the order of the rows."""
-    windows = {(m["texts"][name]["window"], m["texts"][name]["stride"]) for m in measured}
-    said = " and ".join(f"{window:,} tokens, stride {stride:,}" for window, stride in sorted(windows))
-    seen = [f"{m['texts'][name]['context']:,.0f}" for m in measured]
-    seen = seen[:1] if len({*seen}) == 1 else seen
-    return f"Windows of {said}; seen before a scored token, on average: {', '.join(seen)}."
-
-
-def _change(compared: dict[str, Any]) -> str:
-    low_high = compared["interval"]
-    sure = f" ({_percent(low_high[0])} to {_percent(low_high[1])})" if low_high else ""
-    return f"{_percent(compared['difference'])} %{sure}".rjust(CHANGE) + f"  {compared['verdict']}"
+def _windows(measured: Sequence[dict[str, Any]]) -> list[str]:
+    """In which windows the models saw the texts: the same for all texts."""
+    seen: dict[str, list[str]] = {}
+    for model in measured:
+        found = next(iter(model["texts"].values()))
+        said = f"Windows of {found['window']:,} tokens, stride {found['stride']:,}"
+        seen.setdefault(said, []).append(cut_name(model["name"]))
+    lines = [
+        f"{said} ({', '.join(models)})." if len(seen) > 1 else f"{said}." for said, models in seen.items()
+    ]
+    return [*lines, "Context: how many tokens are seen before one that is scored, on average."]
 
 
 def _percent(share: float) -> str:
@@ -82,25 +137,21 @@ def _percent(share: float) -> str:
     return f"{100 * share:+.{decimals}f}"
 
 
-def _number(value: float, form: str) -> str:
-    return format(value, form) if value < 1e6 else f"{value:.1e}"
+def _bits(value: float) -> str:
+    return f"{value:.3f}" if value < 9.9995 else f"{value:.2f}" if value < 1e6 else f"{value:.1e}"
 
 
-def _choices(index: int, measured: Sequence[dict[str, Any]]) -> str:
-    """An exam: the average over subjects, and the categories."""
-    first = measured[0]["choices"][index]
-    titles = [("", "average"), *((" " + title).rsplit(" ", 1) for title in first["categories"])]
-    lines = [
+def _choices(index: int, measured: Sequence[dict[str, Any]]) -> list[str]:
+    """An exam: the average over subjects, and the categories; a column for each model."""
+    exams = [model["choices"][index] for model in measured]
+    first = exams[0]
+    rows = [["", *(cut_name(model["name"]) for model in measured)]]
+    rows.append(["average", *(_share(exam["average"]) for exam in exams)])
+    rows += [[part, *(_share(exam["categories"][part]) for exam in exams)] for part in first["categories"]]
+    title = (
         f"{first['exam']}, {first['shots']}-shot, {first['questions']:,} questions: % right, standard error"
-    ]
-    for row in (0, 1):
-        head = "".join(f"{title[row]:>{SHARE}}" for title in titles).rstrip()
-        lines += [" " * WIDTH + head] if head else []
-    for model in measured:
-        exam = model["choices"][index]
-        shares = [exam["average"], *exam["categories"].values()]
-        lines.append(_name(model["name"]) + "".join(f"{_share(share):>{SHARE}}" for share in shares))
-    return "\n".join(lines)
+    )
+    return [title, *aligned(rows)]
 
 
 def _share(share: dict[str, Any]) -> str:
@@ -108,43 +159,41 @@ def _share(share: dict[str, Any]) -> str:
     return f"{100 * share['accuracy']:.1f}{error}"
 
 
-def _speed(measured: Sequence[dict[str, Any]]) -> str:
+def _wikitext(measured: Sequence[dict[str, Any]]) -> list[str]:
+    rows = [["", "per word", "per byte"]]
+    for model in measured:
+        found = model["wikitext"]
+        rows.append(
+            [cut_name(model["name"]), f"{found['word_perplexity']:.2f}", f"{found['byte_perplexity']:.3f}"]
+        )
+    return ["WikiText: perplexity", *aligned(rows)]
+
+
+def _speed(measured: Sequence[dict[str, Any]]) -> list[str]:
     first = measured[0]["speed"]
-    rows = []
+    rows = [
+        ["", "characters/s", "tokens/s", f"times {cut_name(measured[0]['name'])}"][: 3 + (len(measured) > 1)]
+    ]
     for model in measured:
         speed = model["speed"]
         times = speed["characters_per_second"] / first["characters_per_second"]
-        ratio = f", {times:.2f} times {_cut(measured[0]['name'])}" if model is not measured[0] else ""
-        rows.append(
-            (
-                model["name"],
-                f"{speed['characters_per_second']:,.1f} characters/s, {speed['tokens_per_second']:,.1f} tokens/s{ratio}",
-            )
-        )
-    title = (
-        f"Decoding {first['characters']:,} characters token by token on {first['device']} in {first['dtype']} "
-        f"(medians of {first['repeats']} runs)"
-    )
-    return _rows(title, rows)
-
-
-def _rows(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    return "\n".join([title, *(f"{_name(name)}  {said}" for name, said in rows)])
+        row = [f"{speed['characters_per_second']:,.1f}", f"{speed['tokens_per_second']:,.1f}", f"{times:.2f}"]
+        rows.append([cut_name(model["name"]), *row][: len(rows[0])])
+    return [
+        f"Decoding {first['characters']:,} characters of {first['text']} on {first['device']} in {first['dtype']} "
+        f"({first['repeats']} runs)",
+        *aligned(rows),
+    ]
 
 
 def _count(documents: int) -> str:
     return f"{documents:,} document{'' if documents == 1 else 's'}"
 
 
-def _cut(name: str) -> str:
+def cut_name(name: str) -> str:
     """A name that fits its column: the end of a path tells more than its beginning."""
     if columns(name) <= WIDTH:
         return name
     while columns(name) > WIDTH - 2:
         name = name[1:]
     return f"..{name}"
-
-
-def _name(name: str) -> str:
-    """A name that fills its column."""
-    return (cut := _cut(name)) + " " * (WIDTH - columns(cut))

@@ -13,6 +13,7 @@ from chinese_llama.artifacts import read_manifest
 from chinese_llama.errors import BadFile, DoesNotFit, UserError
 from chinese_llama.hub import local
 from chinese_llama.model.resize import copy_tokenizer
+from chinese_llama.vocab.bytelevel import BETWEEN_DOCUMENTS
 
 LARGE = 1 << 30  # bytes of weights that take some seconds to load
 
@@ -27,6 +28,8 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    # PEFT looks for tied modules among two kinds; token indices, which it ties too, are a third
+    warnings.filterwarnings("ignore", message="You have requested `ensure_weight_tying`")
 
 
 def load_tokenizer(place: str | Path) -> Any:
@@ -43,6 +46,8 @@ def load_tokenizer(place: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
     except Exception as error:  # transformers raises many kinds
         raise BadFile(place, f"has no tokenizer that loads ({_first_line(error)}).") from error
+    if tokenizer.bos_token_id is None and BETWEEN_DOCUMENTS in tokenizer.get_vocab():
+        tokenizer.bos_token = BETWEEN_DOCUMENTS
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise BadFile(place, "the tokenizer names no bos or eos token (tokenizer_config.json).")
     return tokenizer

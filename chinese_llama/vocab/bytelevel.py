@@ -22,6 +22,7 @@ from chinese_llama.directories import write_text
 from chinese_llama.errors import BadFile, UserError
 
 TEMPLATE = "chat_template.jinja"
+BETWEEN_DOCUMENTS = "<|endoftext|>"  # Qwen's, which names no bos: it begins a document here, too
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
@@ -141,8 +142,8 @@ class ByteLevelBase:
         pad_token = pad_token or config.get("pad_token") or config.get("unk_token")
         if pad_token is None:
             raise UserError(f"{self.file.parent} names no pad token; add one with --pad-token '<|pad|>'.")
-        if not config.get("bos_token") and "<|endoftext|>" in self.names:
-            config["bos_token"] = "<|endoftext|>"  # Qwen: it stands between documents
+        if not config.get("bos_token") and BETWEEN_DOCUMENTS in self.names:
+            config["bos_token"] = BETWEEN_DOCUMENTS
         for role in ("bos_token", "eos_token"):
             if config.get(role) not in self.names:
                 what = f"tokenizer_config.json names no {role} that tokenizer.json has; add it there."

@@ -11,7 +11,9 @@ import pytest
 from chinese_llama.data import prepare, reading
 from chinese_llama.data.mixture import Source
 from chinese_llama.data.prepare import Job
+from chinese_llama.model.load import load_tokenizer
 from tests import tiny
+from tests.data.published import MARKERS
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +50,12 @@ def job_in(folder: Path, tokenizer: Path, **settings: Any) -> Job:
 @pytest.fixture
 def job(tmp_path: Path, tokenizer: Path) -> Job:
     return job_in(tmp_path, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The extended SentencePiece tokenizer, and a byte-level one with the markers of ChatML and Llama-3."""
+    backend = tiny.byte_level()
+    backend.add_special_tokens(MARKERS)
+    byte_level = tiny.write_byte_level(tmp_path_factory.mktemp("byte_level"), backend)
+    return {"sentencepiece": load_tokenizer(tokenizer), "byte-level": load_tokenizer(byte_level)}

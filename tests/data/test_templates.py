@@ -21,99 +21,24 @@ from chinese_llama.data.templates import (
     prompt_ids,
     samples,
     stop_ids,
-    text_ids,
 )
-from chinese_llama.errors import BadFile, UserError
 from chinese_llama.model.load import load_tokenizer
 from chinese_llama.model.resize import copy_tokenizer, save_chat_template
 from chinese_llama.vocab.proto import encoder, read_model
-from tests import tiny
+from tests.data.published import (
+    HELPFUL,
+    INPUT_FIRST,
+    INTRO,
+    MARKERS,
+    PUBLISHED,
+    SYSTEM_FIRST,
+    TWO_TURNS,
+    assistant,
+    system,
+    user,
+)
 
 KINDS = ("sentencepiece", "byte-level")
-MARKERS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-BELOW = "Below is an instruction that describes a task"
-INTRO = f"{BELOW}. Write a response that appropriately completes the request.\n\n"
-INPUT_INTRO = (
-    f"{BELOW}, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-)
-CURIOUS = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-HELPFUL = "You are a helpful assistant. 你是一个乐于助人的助手。"
-
-
-def user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> Message:
-    return {"role": "assistant", "content": content}
-
-
-def system(content: str) -> Message:
-    return {"role": "system", "content": content}
-
-
-WITH_INPUT = {**user("反义词\n大"), "instruction": "反义词", "input": "大"}
-TWO_TURNS = [user("问一"), assistant("答一"), user("问二"), assistant("The end")]
-INPUT_FIRST = [WITH_INPUT, assistant("小")]
-SYSTEM_FIRST = [system("简短"), user("问一"), assistant("答一"), user("问二"), assistant("答二")]
-# What each template makes of a conversation: {s} is bos, {e} eos, ‖ where the prompt for an answer ends.
-PUBLISHED = [
-    ("chinese-alpaca", TWO_TURNS,
-     "{s}" + INTRO + "### Instruction:\n问一\n\n### Response: ‖答一{e}"
-     "\n\n### Instruction:\n问二\n\n### Response: ‖The end{e}\n\n"),
-    ("chinese-alpaca", INPUT_FIRST, "{s}" + INTRO + "### Instruction:\n反义词\n大\n\n### Response: ‖小{e}\n\n"),
-    ("chinese-alpaca", SYSTEM_FIRST,
-     "{s}" + INTRO + "### Instruction:\n简短\n问一\n\n### Response: ‖答一{e}"
-     "\n\n### Instruction:\n问二\n\n### Response: ‖答二{e}\n\n"),
-    ("stanford-alpaca", TWO_TURNS,
-     "{s}" + INTRO + "### Instruction:\n问一\n\n### Response:‖答一{e}"
-     "\n\n### Instruction:\n问二\n\n### Response:‖The end{e}\n\n"),
-    ("stanford-alpaca", INPUT_FIRST,
-     "{s}" + INPUT_INTRO + "### Instruction:\n反义词\n\n### Input:\n大\n\n### Response:‖小{e}\n\n"),
-    ("stanford-alpaca", [system("简短"), *INPUT_FIRST],
-     "{s}" + INPUT_INTRO + "### Instruction:\n简短\n反义词\n\n### Input:\n大\n\n### Response:‖小{e}\n\n"),
-    ("stanford-alpaca", [user("问一"), assistant("答一"), *INPUT_FIRST],
-     "{s}" + INTRO + "### Instruction:\n问一\n\n### Response:‖答一{e}"
-     "\n\n### Instruction:\n反义词\n\n### Input:\n大\n\n### Response:‖小{e}\n\n"),
-    ("alpaca-2", TWO_TURNS,
-     "{s}[INST] <<SYS>>\n" + HELPFUL + "\n<</SYS>>\n\n问一 [/INST]‖ 答一{e}{s}[INST] 问二 [/INST]‖ The end{e}"),
-    ("alpaca-2", SYSTEM_FIRST,
-     "{s}[INST] <<SYS>>\n简短\n<</SYS>>\n\n问一 [/INST]‖ 答一{e}{s}[INST] 问二 [/INST]‖ 答二{e}"),
-    ("alpaca-2", INPUT_FIRST, "{s}[INST] <<SYS>>\n" + HELPFUL + "\n<</SYS>>\n\n反义词\n大 [/INST]‖ 小{e}"),
-    ("vicuna", TWO_TURNS, "{s}" + CURIOUS + " USER: 问一 ASSISTANT:‖ 答一{e}USER: 问二 ASSISTANT:‖ The end{e}"),
-    ("vicuna", SYSTEM_FIRST, "{s}简短 USER: 问一 ASSISTANT:‖ 答一{e}USER: 问二 ASSISTANT:‖ 答二{e}"),
-    ("belle", TWO_TURNS, "{s}Human: 问一\n\nAssistant: ‖答一{e}\n\nHuman: 问二\n\nAssistant: ‖The end{e}\n\n"),
-    ("belle", SYSTEM_FIRST, "{s}Human: 简短\n问一\n\nAssistant: ‖答一{e}\n\nHuman: 问二\n\nAssistant: ‖答二{e}\n\n"),
-    ("ziya", TWO_TURNS, "{s}<human>:问一\n<bot>:‖ 答一{e}<human>:问二\n<bot>:‖ The end{e}"),
-    ("ziya", SYSTEM_FIRST, "{s}<human>:简短\n问一\n<bot>:‖ 答一{e}<human>:问二\n<bot>:‖ 答二{e}"),
-    ("chatml", TWO_TURNS,
-     "<|im_start|>user\n问一<|im_end|>\n<|im_start|>assistant\n‖答一<|im_end|>\n"
-     "<|im_start|>user\n问二<|im_end|>\n<|im_start|>assistant\n‖The end<|im_end|>\n"),
-    ("chatml", [system("简短"), *INPUT_FIRST],
-     "<|im_start|>system\n简短<|im_end|>\n<|im_start|>user\n反义词\n大<|im_end|>\n<|im_start|>assistant\n‖小<|im_end|>\n"),
-    ("llama-3", TWO_TURNS,
-     "{s}<|start_header_id|>user<|end_header_id|>\n\n问一<|eot_id|>"
-     "<|start_header_id|>assistant<|end_header_id|>\n\n‖答一<|eot_id|>"
-     "<|start_header_id|>user<|end_header_id|>\n\n问二<|eot_id|>"
-     "<|start_header_id|>assistant<|end_header_id|>\n\n‖The end<|eot_id|>"),
-    ("llama-3", SYSTEM_FIRST[:3],
-     "{s}<|start_header_id|>system<|end_header_id|>\n\n简短<|eot_id|>"
-     "<|start_header_id|>user<|end_header_id|>\n\n问一<|eot_id|>"
-     "<|start_header_id|>assistant<|end_header_id|>\n\n‖答一<|eot_id|>"),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The extended SentencePiece tokenizer, and a byte-level one with the markers of ChatML and Llama-3."""
-    backend = tiny.byte_level()
-    backend.add_special_tokens(MARKERS)
-    byte_level = tiny.write_byte_level(tmp_path_factory.mktemp("byte_level"), backend)
-    return {"sentencepiece": load_tokenizer(tokenizer), "byte-level": load_tokenizer(byte_level)}
 
 
 def whole(tokenizer: Any, name: str, messages: list[Message]) -> Sample:
@@ -395,92 +320,3 @@ def test_a_tokenizer_that_lacks_the_end_of_turn_writes_eos_instead(tokenizers: d
     for name in set(TEMPLATES) - {"chatml", "llama-3"}:
         assert fit_template(find_template(name), lacking) == find_template(name)
         assert stop_ids(lacking, find_template(name)) == [lacking.eos_token_id]
-
-
-# What a template of one's own may do: think before it answers, use control tokens as text and the other way.
-OWN = """\
-{%- for m in messages %}
-{%- if m.role == 'user' %}{{ '<|begin|>Q: ' + m.content + '\\n' }}
-{%- elif m.role == 'assistant' %}{{ 'A:<|pad|>\\n\\n' + m.content | trim + '\\n<|end|>' }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}A:{% endif %}
-"""
-
-
-def test_a_template_of_ones_own_from_a_file(tokenizers: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "own.jinja").write_text(OWN, encoding="utf-8")
-    template = find_template(str(tmp_path / "own.jinja"))
-    assert template == OWN
-    tokenizer = tokenizers["byte-level"]
-    made = samples(tokenizer, template, [[user("问<|end|>"), assistant(" 答 ")]])[0]
-    end, pad, begin = (
-        tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|pad|>", "<|begin|>")
-    )
-    prompt = [begin, *text_ids(tokenizer, "Q: 问<|end|>\nA:")]
-    learnt = [pad, *text_ids(tokenizer, "\n\n答\n"), end]
-    assert made == Sample(prompt + learnt, [IGNORE] * len(prompt) + learnt, [len(prompt + learnt)])
-
-
-def test_a_control_token_that_begins_with_another_is_read_whole(tmp_path: Path) -> None:
-    backend = tiny.byte_level()
-    backend.add_special_tokens(["<|end|><|x|>"])
-    tokenizer = load_tokenizer(tiny.write_byte_level(tmp_path, backend))
-    template = "{% for m in messages %}{{ m.content + '<|end|><|x|>' }}{% endfor %}"
-    (made,) = samples(tokenizer, template, [[user("a"), assistant("b")]])
-    assert tokenizer.convert_ids_to_tokens(made.input_ids) == ["a", "<|end|><|x|>", "b", "<|end|><|x|>"]
-    assert stop_ids(tokenizer, template) == [tokenizer.eos_token_id, made.input_ids[-1]]
-
-
-WRONG = [
-    ("{{ messages[0].content", r"cannot be rendered \(unexpected end"),
-    ("{{ raise_exception('system first') }}", r"cannot be rendered \(system first\)"),
-    ("{{ messages[0].content + 1 }}", r"cannot be rendered"),
-    ("{% for m in messages %}{{ m.content }}{% endfor %}", r"no control token after an answer, .*eos_token"),
-    ("{% for m in messages %}{{ bos_token + m.content }}{% endfor %}{{ '' if add_generation_prompt else eos_token }}",
-     r"no control token after an answer"),
-    ("{% for m in messages if m.role == 'user' %}{{ m.content + eos_token }}{% endfor %}", r"no control token after"),
-    ("{% for m in messages %}{{ m.content + (eos_token if loop.last else '') }}{% endfor %}", r"something else before"),
-    ("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}{{ eos_token }}", r"something else before an answer"),
-    ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}{{ 'A:' if add_generation_prompt }}",
-     r"something else before an answer than where it asks for one \(add_generation_prompt\)"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("template", "message"), WRONG)
-def test_a_template_that_teaches_something_else_than_it_asks_is_told(
-    tokenizers: dict[str, Any], template: str, message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        samples(tokenizers["byte-level"], template, [TWO_TURNS])
-
-
-def test_a_template_whose_answers_do_not_end_one_by_one_is_told(tokenizers: dict[str, Any]) -> None:
-    """The eos after the last answer is not the end of the first."""
-    template = (
-        "{% for m in messages %}{{ m.content }}"
-        "{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    )
-    with pytest.raises(UserError, match="no control token after an answer"):
-        samples(tokenizers["byte-level"], template, [TWO_TURNS])
-
-
-def test_generation_does_not_need_a_template_that_is_fit_for_training(tokenizers: dict[str, Any]) -> None:
-    tokenizer = tokenizers["byte-level"]
-    template = "{% for m in messages %}{{ 'Q:' + m.content }}{% endfor %}A:"
-    assert prompt_ids(tokenizer, template, [user("问")]) == text_ids(tokenizer, "Q:问A:")
-    assert stop_ids(tokenizer, template) == [tokenizer.eos_token_id]
-
-
-def test_an_unknown_template_names_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"'chinese-alpacca' is unknown \(did you mean 'chinese-alpaca'\?\)"):
-        find_template("chinese-alpacca")
-    with pytest.raises(UserError, match=r"'xyz' is unknown; known are alpaca-2, .*, or give a \.jinja file"):
-        find_template("xyz")
-
-
-def test_a_template_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
-    with pytest.raises(BadFile, match=r"gone\.jinja: cannot be read \(No such file"):
-        find_template(str(tmp_path / "gone.jinja"))
-    (tmp_path / "a.jinja").write_bytes("{{ '答' }}".encode("gb18030"))
-    with pytest.raises(BadFile, match=r"a\.jinja: is not UTF-8"):
-        find_template(str(tmp_path / "a.jinja"))

@@ -90,7 +90,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "file-truncated": lambda place: (place / FILE).write_bytes((place / FILE).read_bytes()[:-9]),
     "file-is-text": lambda place: (place / FILE).write_text("<html>404</html>"),
     "adapter-config-missing": lambda place: (place / CONFIG).unlink(),
-    "adapter-config-damaged": lambda place: (place / CONFIG).write_text("{"),
+    "invalid-json": lambda place: (place / CONFIG).write_text("{"),
 }
 
 

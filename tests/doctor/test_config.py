@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tests.doctor.broken import change, copied, put, set_json, set_tensors
 from tests.doctor.test_model import FILE, found, one
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 720\n"
+SIZES = (("q", 32), ("k", 16), ("v", 16), ("o", 32))
 INV = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
@@ -22,7 +24,9 @@ def model(base: Path, tmp_path: Path) -> Path:
 
 def test_no_config(model: Path) -> None:
     (model / "config.json").write_text('{"model_type": "llama",}')
-    assert found(model) == {"config-damaged": "error"}
+    assert found(model) == {"invalid-json": "error"}
+    (model / "config.json").write_text(POINTER)
+    assert found(model) == {"git-lfs-pointer": "error"}
     (model / "config.json").unlink()
     assert found(model) == {"config-missing": "error"}
 
@@ -40,10 +44,13 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "width": ({"intermediate_size": 80}, {"shapes-differ": "error"}),
     "bos": ({"bos_token_id": 420}, {"token-id-beyond-rows": "error"}),
     "several eos": ({"eos_token_id": [2, 999]}, {"token-id-beyond-rows": "error"}),
-    "another eos": ({"bos_token_id": 0, "eos_token_id": 1}, {"special-ids-differ": "warning"}),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, {"quantised": "note"}),
     "dtype": ({"dtype": "bfloat16"}, {"dtypes-differ": "note"}),
+    "dtype that is none": ({"dtype": "float17"}, {"config-field-wrong": "error", "dtypes-differ": "note"}),
+    "whole numbers": ({"dtype": "int8"}, {"dtype-of-whole-numbers": "error"}),
+    "no factor": ({"rope_scaling": {"type": "linear"}}, {"config-field-wrong": "error"}),
     "foreign": ({"model_type": "gpt2"}, {}),
+    "unheard of": ({"model_type": "banana"}, {"config-field-wrong": "error"}),
 }
 
 
@@ -74,6 +81,45 @@ def test_a_rotary_base_that_was_lost(model: Path) -> None:
     assert found(model) == {}
 
 
+def test_a_rotary_scaling_that_nobody_knows(model: Path) -> None:
+    for fields in (
+        {"rope_parameters": {"rope_type": "cubic"}},
+        {"rope_scaling": {"type": "cubic", "factor": 2}},
+    ):
+        set_json(model / "config.json", **{"rope_parameters": None, **fields})
+        assert found(model)["rope-scaling-unknown"] == "error"
+
+
+def test_tensors_without_a_place(model: Path) -> None:
+    """Biases that config.json lost (attention_bias) change every answer; what is left of an adapter does not."""
+    name = "model.layers.1.self_attn.q_proj.lora_A.weight"
+    set_tensors(model / FILE, {name: torch.ones(4, 32)})
+    assert found(model) == {"tensors-not-used": "warning"}
+    biases = {
+        f"model.layers.{i}.self_attn.{part}_proj.bias": torch.ones(n) for i in (0, 1) for part, n in SIZES
+    }
+    set_tensors(model / FILE, {name: None, **biases})
+    assert found(model) == {"tensors-not-used": "error"}
+    set_json(model / "config.json", attention_bias=True)
+    assert found(model) == {}
+    set_tensors(model / FILE, dict.fromkeys(biases))
+    assert found(model) == {"tensors-missing": "error"}
+
+
+def test_whole_numbers_without_their_scales(model: Path) -> None:
+    change(model / FILE, "model.layers.0.mlp.up_proj.weight", lambda tensor: (tensor * 100).to(torch.int8))
+    assert found(model) == {"dtype-of-whole-numbers": "error"}
+
+
+def test_an_output_that_was_tied(model: Path) -> None:
+    change(
+        model / FILE, "lm_head.weight", lambda _: load_file(model / FILE)["model.embed_tokens.weight"].clone()
+    )
+    assert found(model) == {"untied-with-same-head": "note"}
+    set_json(model / "config.json", tie_word_embeddings=True)
+    assert found(model) == {}
+
+
 def test_rotary_buffers(model: Path) -> None:
     stored = 1.0 / 10_000.0 ** (torch.arange(0, 8, 2).float() / 8)
     set_tensors(model / FILE, {INV: stored.half()})
@@ -85,7 +131,11 @@ def test_rotary_buffers(model: Path) -> None:
 
 def test_a_broken_generation_config(model: Path) -> None:
     (model / "generation_config.json").write_text("<html>")
-    assert found(model) == {"config-damaged": "error"}
+    assert found(model) == {"file-is-text": "error"}
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 420]}')
+    assert found(model) == {"token-id-beyond-rows": "error"}
+    (model / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    assert found(model) == {"token-id-beyond-rows": "error"}
 
 
 def test_fields_of_any_type_do_no_harm(model: Path) -> None:

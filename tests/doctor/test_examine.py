@@ -167,6 +167,19 @@ def test_the_text(tmp_path: Path) -> None:
     assert text(Report()).strip() == "Nothing is wrong."
 
 
+def test_the_text_of_a_terminal() -> None:
+    """Sentences and evidence are wrapped; paths stay whole, and commands, which are there to be copied."""
+    words, path = "many words " * 20, "/a/rather/long/path/" + "of-a-directory/" * 5
+    finding = Finding("error", "x", "here", words.strip(), [words, path], f"chinese-llama merge {words}")
+    told = re.sub(r"\x1b\[[0-9;]*m", "", text(Report([], [], [finding]), 60)).splitlines()
+    assert f"    -> chinese-llama merge {words}" in told and f"      {path}" in told
+    assert all(len(line) <= 60 for line in told if path not in line and "->" not in line)
+    indents = [len(line) - len(line.lstrip()) for line in told if line.lstrip().startswith(("many", "words"))]
+    assert (
+        indents == [4] * 4 + [6] + [8] * 4
+    )  # what follows stands further in only where a line is one of several
+
+
 def test_what_files_hold_does_not_reach_the_terminal_as_commands(tmp_path: Path) -> None:
     evil = "\x1b]0;owned\x07"
     finding = Finding("error", "x", f"a{evil}", f"b{evil}", [f"c{evil}"], f"d{evil}")

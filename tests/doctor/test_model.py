@@ -150,9 +150,10 @@ def test_shards(base: Path, tmp_path: Path) -> None:
     place = sharded(base, tmp_path / "sharded")
     index, second = place / "model.safetensors.index.json", place / "model-00002-of-00002.safetensors"
     names = json.loads(index.read_text())["weight_map"]
-    second.rename(place / "away")
-    assert found(place) == {"shard-missing": "error"}
-    (place / "away").rename(second)
+    away = second.with_name(f"{second.name}.part")
+    second.rename(away)
+    assert found(place) == {"shard-missing": "error", "download-not-finished": "warning"}
+    away.rename(second)
     index.write_text(json.dumps({"weight_map": {**names, "extra.weight": second.name}}))
     assert found(place) == {"tensor-not-in-shard": "error"}
     lost = {name: file for name, file in names.items() if name != Q}
@@ -160,9 +161,10 @@ def test_shards(base: Path, tmp_path: Path) -> None:
     assert found(place) == {"tensor-not-in-index": "warning", "tensors-missing": "error"}
     index.write_text(json.dumps({"weight_map": {n: f for n, f in names.items() if f != second.name}}))
     assert found(place)["shard-not-in-index"] == "warning"
-    for bad in ("{", "[]", "{}", '{"weight_map": {"a": "../b.safetensors"}}'):
-        index.write_text(bad)
-        assert found(place) == {"index-damaged": "error"}
+    bad = {"{": "invalid-json", "[]": "invalid-json", "{}": "index-damaged"}
+    for content, check in {**bad, '{"weight_map": {"a": "../b.safetensors"}}': "index-damaged"}.items():
+        index.write_text(content)
+        assert found(place) == {check: "error"}
     index.unlink()
     assert found(place) == {"index-missing": "error"}
     second.unlink()

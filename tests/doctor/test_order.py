@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chinese_llama.doctor.examine import examine
 from chinese_llama.doctor.finding import Finding
 from chinese_llama.doctor.things import recognise
 from chinese_llama.doctor.together import check_together
@@ -53,6 +55,31 @@ def test_another_base_of_the_same_shape(other: Path, lora: Path, tmp_path: Path)
     assert f"--base {other} " in order[0]
     assert checks(findings) == {"base-found": "note", "models-unrelated": "note"}
     assert checks(told(copied(other, tmp_path / "moved"), lora)[1]) == {}  # the same weights elsewhere
+
+
+def test_an_adapter_that_peft_merged_already(other: Path, lora: Path, tmp_path: Path) -> None:
+    """Told by the base that adapter_config.json names, too."""
+    merge(other, [Step([load("lora", lora)])], tmp_path / "merged")
+    (tmp_path / "merged" / "chinese_llama.json").unlink()
+    assert checks(told(tmp_path / "merged", lora)[1]) == {"adapter-merged-already": "error"}
+    assert "is-the-merge" in checks(told(tmp_path / "merged", lora, other)[1])
+
+
+def test_a_copy_of_the_base_that_lies_about(other: Path, lora: Path, tmp_path: Path) -> None:
+    """It is no merge that failed, where only the directory of all was given."""
+    shutil.copytree(lora, tmp_path / "lora")
+    copied(other, tmp_path / "copy")
+    copied(other, tmp_path / "base")
+    found = examine([tmp_path]).findings
+    assert checks([one for one in found if one.check == "nothing-merged"]) == {"nothing-merged": "note"}
+
+
+def test_the_base_to_give_is_named_for_all_adapters(lora: Path, tmp_path: Path) -> None:
+    second = shutil.copytree(lora, tmp_path / "second")
+    file = second / "adapter_model.safetensors"
+    save_file({name: 2 * one for name, one in load_file(file).items()}, file)
+    remedies = [one.remedy for one in told(lora, second)[1] if one.check == "base-not-given"]
+    assert len(remedies) == 1 and remedies[0].endswith(f"{lora} {second}")
 
 
 def test_a_base_with_more_layers(other: Path, lora: Path, tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 
 from chinese_llama.artifacts import sha256_file
 from chinese_llama.doctor import things
+from chinese_llama.doctor.data import check_unknown
 from chinese_llama.doctor.finding import guarded
 from chinese_llama.doctor.model import check_model
 from chinese_llama.doctor.things import recognise
+from chinese_llama.doctor.tokenizer import check_tokenizer
 from chinese_llama.merging.registry import Registry, registry
 from chinese_llama.workspace import FILE
 from tests.convert.checkpoints import checkpoint
-from tests.doctor.broken import copied
+from tests.doctor.broken import checks, copied
 from tests.merging import making
 
 
@@ -174,3 +176,30 @@ def test_what_nobody_foresaw_is_a_finding(
     monkeypatch.setattr(things, "_kind", lambda path: next(fails(PermissionError(13, "Permission denied"))))
     assert recognise(base).facts == {"problem": "Permission denied"}
     assert list(check_model(recognise(tmp_path / "gone")))
+
+
+def test_no_library_writes_into_the_report(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Old files say "__type", of which the tokenizers library speaks on stdout, past Python."""
+    place = copied(base, tmp_path / "model")
+    (place / "tokenizer.json").unlink()
+    token = {"__type": "AddedToken", "content": "<s>", "lstrip": False, "rstrip": False, "normalized": True}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (place / name).write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": token}))
+    list(check_tokenizer(recognise(place)))
+    assert capfd.readouterr().out == ""
+
+
+def test_what_is_not_there_yet(base: Path, tmp_path: Path) -> None:
+    """A model without a tokenizer; a download that was broken off, given by itself, or by aria2 beside the weights."""
+    place = copied(base, tmp_path / "model")
+    for file in place.glob("tokenizer*"):
+        file.unlink()
+    assert checks(check_tokenizer(recognise(place))) == {"no-tokenizer": "note"}
+    (place / "model.safetensors.aria2").write_bytes(b"\x00")
+    assert checks(check_model(recognise(place)))["download-not-finished"] == "error"
+    (tmp_path / "zh.jsonl.crdownload").write_text("{")
+    assert checks(check_unknown(recognise(tmp_path / "zh.jsonl.crdownload"))) == {
+        "download-not-finished": "error"
+    }

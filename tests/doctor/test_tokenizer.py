@@ -370,6 +370,24 @@ def test_what_is_said_of_damaged_files_is_true(copy: Path, base: Path, tmp_path:
     assert found.where.endswith("config.json") and "vocab_size" in found.evidence[0]
 
 
+def test_a_model_that_ends_with_another_token(base: Path, tmp_path: Path) -> None:
+    """Several ends are fine, as long as the tokenizer's is one."""
+    place = shutil.copytree(base, tmp_path / "model")
+    for ends, told in ((7, True), ([7, 9], True), ([2, 7], False)):
+        change(place / "generation_config.json", lambda content, ends=ends: content | {"eos_token_id": ends})
+        assert ("special-ids-differ" in findings(place)) == told
+    change(place / "config.json", lambda content: content | {"bos_token_id": 0, "eos_token_id": 1})
+    assert len(findings(place)["special-ids-differ"].evidence) == 2
+
+
+def test_chinese_words_that_sentencepiece_cuts_out(base: Path, tmp_path: Path) -> None:
+    model = read_model(base / "tokenizer.model")
+    for word in ("中国", "北京", "学校"):
+        model.pieces.add(piece=word, type=4)
+    tiny.write_model(tmp_path / "tokenizer.model", model)
+    assert severities(tmp_path)["chinese-as-added-tokens"] == "warning"
+
+
 def test_a_few_chinese_words_as_added_tokens(base: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -30,8 +30,11 @@ from chinese_llama.evaluate.answers import (
     right,
 )
 from chinese_llama.evaluate.generate import answer
+from chinese_llama.evaluate.models import Subject, open_subject
+from chinese_llama.merging.plan import load
 from chinese_llama.model.load import load_model, load_tokenizer
 from tests import tiny
+from tests.model.test_adapters import peft_adapter
 
 HOW = How(max_new_tokens=6)
 PROMPTS = ["The fox", "中国", "She sells"]
@@ -151,7 +154,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(place: Path, **how: Any) -> list[str]:
     model, tokenizer = load_model(place), load_tokenizer(place)
-    return [answer(model, tokenizer, prompt, 6, **how) for prompt in PROMPTS]
+    seed = how.pop("seed", 0)
+    return [answer(model, tokenizer, p, 6, seed=seed + n, **how) for n, p in enumerate(PROMPTS)]
 
 
 def test_both_models_answer_every_prompt_as_they_do_alone(
@@ -187,9 +191,17 @@ def test_the_keywords_are_counted_and_one_model_may_answer(base: Path, tmp_path:
     assert manifest.metrics["right"]["A"]["right"] == manifest.metrics["right"]["A"]["questions"] == 1
 
 
-def test_the_longer_way_round_gives_the_same_as_a_list(base: Path, prompts: Path) -> None:
+def test_the_same_prompt_is_drawn_for_anew(base: Path) -> None:
+    """So that prompts are independent, as the intervals of win rates take them to be."""
+    same = dict(enumerate([Prompt("The fox")] * 6, 1))
     model, tokenizer = load_model(base), load_tokenizer(base)
-    assert module.answers(model, tokenizer, read_prompts(prompts), 6, raw=True) == said(base)
+    drawn = dict(module.answering(model, tokenizer, same, How(6, temperature=1.5)))
+    assert len(set(drawn.values())) > 1
+    left = dict(list(same.items())[4:])
+    assert dict(module.answering(model, tokenizer, left, How(6, temperature=1.5))) == {
+        5: drawn[5],
+        6: drawn[6],
+    }
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) -> Callable[[], int]:
@@ -197,11 +209,11 @@ def stopping(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) 
     original, count = module.answering, [0]
 
     def broken(*arguments: Any) -> Any:
-        for text in original(*arguments):
+        for said in original(*arguments):
             if count[0] == after:
                 raise error
             count[0] += 1
-            yield text
+            yield said
 
     monkeypatch.setattr(module, "answering", broken)
     return lambda: count[0]
@@ -231,14 +243,16 @@ def test_a_run_that_was_stopped_goes_on(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "p.txt"}
 
 
-def test_what_was_left_of_other_settings_is_not_taken(
+def test_what_was_left_of_other_settings_is_not_taken_and_not_lost_unasked(
     base: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         stopping(patch, 2, KeyboardInterrupt())
         with pytest.raises(Interrupted):
             answer_file(prompts, {"A": str(base)}, tmp_path / "out", How(2))
-    answer_file(prompts, {"A": str(base)}, tmp_path / "out", HOW)
+    with pytest.raises(UserError, match=r"out\.run holds 2 answers of a run with other inputs or settings"):
+        answer_file(prompts, {"A": str(base)}, tmp_path / "out", HOW)
+    answer_file(prompts, {"A": str(base)}, tmp_path / "out", HOW, force=True)
     assert [a.answers["A"] for a in read_answers(tmp_path / "out")[0]] == said(base)
 
 
@@ -338,6 +352,22 @@ def test_answers_from_elsewhere_will_do(tmp_path: Path) -> None:
     lines(tmp_path / ANSWERS, {"number": 7, "prompt": "x", "answers": {"ours": "y", "theirs": "z"}})
     answered, names, seed = read_answers(tmp_path)
     assert (answered[0].number, names, seed) == (7, {"ours": "ours", "theirs": "theirs"}, 0)
+
+
+def test_a_model_may_have_adapters_that_are_not_merged(
+    base: Path, extended: Path, prompts: Path, tmp_path: Path
+) -> None:
+    places = [peft_adapter(extended, tmp_path / name, seed=seed) for seed, name in enumerate("xy")]
+    adapters = [load(place.name, place) for place in places]
+    models, output = {"A": str(extended), "B": str(base)}, tmp_path / "out"
+    manifest = answer_file(prompts, models, output, HOW, adapters=adapters)
+    model, tokenizer = open_subject(Subject("it", str(extended), adapters))
+    wanted = [answer(model, tokenizer, prompt, 6) for prompt in PROMPTS]
+    assert [one.answers["A"] for one in read_answers(output)[0]] == wanted != said(extended)
+    assert read_answers(output)[1] == {"A": f"{extended} + x + y", "B": str(base)}
+    assert set(manifest.inputs) == {"A", "B", "prompts", "adapter:0", "adapter:1"}
+    with pytest.raises(OutputExists, match="from a adapter:1"):
+        answer_file(prompts, models, output, HOW, adapters=adapters[:1])
 
 
 def test_another_tokenizer_or_template_asks_again(base: Path, prompts: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import logging
 import math
@@ -21,7 +22,14 @@ import torch
 from chinese_llama.data.templates import text_ids
 from chinese_llama.errors import BadFile, UserError
 from chinese_llama.evaluate import harness
-from chinese_llama.evaluate.choices import average, categories, check_choices, multiple_choice, wikitext
+from chinese_llama.evaluate.choices import (
+    average,
+    categories,
+    check_choices,
+    check_fits,
+    multiple_choice,
+    wikitext,
+)
 from chinese_llama.evaluate.exams import find_exam, read_exam
 from chinese_llama.evaluate.harness import Loaded, choice_ids, likelihoods
 from chinese_llama.model.load import load_model, load_tokenizer
@@ -163,7 +171,7 @@ def test_the_harness_has_the_same_probabilities_through_its_own_model(
     assert ours == pytest.approx([value for value, _ in theirs.loglikelihood(asked)], rel=1e-4)
     limit = 64
     theirs = HFLM(
-        model, backend="causal", tokenizer=reader, batch_size=3, add_bos_token=False, max_length=limit - 1
+        model, backend="causal", tokenizer=reader, batch_size=3, add_bos_token=False, max_length=limit
     )
     long = [" ".join(tiny.ENGLISH[:9]), tiny.CHINESE[0], "".join(tiny.CHINESE[:7])]
     rolling = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in long]
@@ -277,18 +285,33 @@ def test_a_prompt_that_does_not_fit_loses_its_first_examples(
     assert told["shots_used"] == used and len({*used.values()}) > 1 and not lines and not found
 
 
-def test_a_question_that_does_not_fit_is_refused(exams: dict[str, Path], extended: Path, reader: Any) -> None:
-    short, lengths = load_model(extended, "float32"), longest(reader, exams, 0)
-    worst = max(lengths, key=lambda subject: lengths[subject])
-    short.config.max_position_embeddings = lengths[worst]
-    assert multiple_choice(short, reader, "ceval", exams["ceval"], 3)["shots_used"][worst] == 0
-    short.config.max_position_embeddings = lengths[worst] - 1
-    with pytest.raises(UserError) as error:
-        multiple_choice(short, reader, "ceval", exams["ceval"], 3)
-    assert str(error.value) == (
-        f"{worst}: a question is {lengths[worst]} tokens long without an example, the model reads {lengths[worst] - 1}; "
-        f"give a directory without what is too long for it ({worst})."
+def test_a_question_that_does_not_fit_is_refused(exams: dict[str, Path], model: Any, reader: Any) -> None:
+    """With a model, and before there is one: what just fits is asked."""
+    texts = [(s, text) for s in SUBJECTS["ceval"] for text in prompts("ceval", exams["ceval"], s, 0)]
+    lengths = [len(text_ids(reader, text + "A")) for _, text in texts]
+    limit = max(lengths)
+    subject, text = texts[lengths.index(limit)]
+    line = 2 + prompts("ceval", exams["ceval"], subject, 0).index(text)
+    told = (
+        f"{csv_file(exams['ceval'], 'ceval', 'val', subject)}, line {line}: the question is {limit} tokens long "
+        f"without an example, the model reads {limit - 1}; give a directory without it"
     )
+    for window in (limit, None):
+        check_fits("ceval", exams["ceval"], 3, reader, window)
+    short = copy.copy(model)
+    short.config = copy.copy(model.config)
+    short.config.max_position_embeddings = limit
+    assert multiple_choice(short, reader, "ceval", exams["ceval"], 3)["shots_used"][subject] == 0
+    short.config.max_position_embeddings = limit - 1
+    with pytest.raises(BadFile) as error:
+        multiple_choice(short, reader, "ceval", exams["ceval"], 3)
+    assert str(error.value) == f"{told}."
+    second = sorted(lengths)[-2]
+    more = sum(length >= second for length in lengths) - 1
+    with pytest.raises(BadFile, match=rf" without it and {more} more that are too long\.$"):
+        check_fits("ceval", exams["ceval"], 0, reader, second - 1)
+    with pytest.raises(BadFile, match="holds 5 examples, 6 are asked for"):
+        check_fits("ceval", exams["ceval"], 6, reader, None)
 
 
 def test_a_damaged_model_is_told(exams: dict[str, Path], extended: Path, reader: Any) -> None:
@@ -373,5 +396,5 @@ def test_the_questions_have_what_the_task_files_name(exams: dict[str, Path]) -> 
     for exam in EXAMS:
         told = find_exam(exam)
         one = next(iter(read_exam(told, exams[exam], 0).values()))["test"][0]
-        assert all(f"{{{{{name}}}}}" in told.task["doc_to_text"] for name in one if name != "answer")
+        assert all(f"{{{{{name}}}}}" in told.task["doc_to_text"] for name in one.texts if name != "answer")
         assert told.task["doc_to_target"] == "answer"

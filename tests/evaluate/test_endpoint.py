@@ -137,6 +137,14 @@ def asked(reply: Reply, tries: int = 1, **options: Any) -> str:
         (status(503, '{"error": {"message": "busy\\n now."}}'), r"answers 503 \(busy now\) \(3 tries\)"),
         (close, r"breaks the connection off \(3 tries\)"),
         (cut, r"broke off in the middle of an answer \(3 tries\)"),
+        (status(200, ""), r"answers with what is no JSON \(nothing\) \(3 tries\)"),
+        (status(200, f"not\x1b json {KEY}"), r"what is no JSON \(not json \*\*\*\)"),
+        (status(200, b"\xff\xfe"), "no JSON"),
+        (status(200, "[" * 100_000), "no JSON"),
+        (status(200, "[]"), "JSON that has no choices"),
+        (status(200, '{"choices": []}'), "JSON that has no choices"),
+        (status(200, '{"choices": 7}'), "JSON that has no choices"),
+        (status(200, '{"error": {"message": "busy"}}'), r"JSON that has no choices \(busy\) \(3 tries\)"),
     ],
 )
 def test_a_fault_that_stays_is_told_after_all_tries(fault: Reply, told: str) -> None:
@@ -177,14 +185,6 @@ def test_a_server_that_accepts_and_never_reads_is_left() -> None:
         (status(404), "answers 404: the URL or the model is wrong."),
         (status(418, '{"error": "tea"}'), "answers 418 (tea): it does not take such requests."),
         (status(200, "<!doctype html><p>Hello"), "answers with a web page, not JSON; give the URL of the API"),
-        (status(200, ""), "answers with something else (nothing), not JSON"),
-        (status(200, f"not\x1b json {KEY}"), "answers with something else (not json ***), not JSON"),
-        (status(200, b"\xff\xfe"), "not JSON"),
-        (status(200, "[" * 100_000), "not JSON"),
-        (status(200, "[]"), "JSON that has no choices"),
-        (status(200, '{"choices": []}'), "JSON that has no choices"),
-        (status(200, '{"choices": 7}'), "JSON that has no choices"),
-        (status(200, '{"error": {"message": "out of credit"}}'), "JSON that has no choices (out of credit)"),
         (status(200, "x" * (5 << 20)), "larger than 4 MiB"),
     ],
 )  # fmt: skip
@@ -192,6 +192,27 @@ def test_what_will_not_pass_is_told_at_once(fault: Reply, told: str) -> None:
     found = asked(fault)
     assert told in found
     assert len(found) < 500
+
+
+def test_a_model_that_has_a_temperature_of_its_own_is_asked_without_one() -> None:
+    def reply(request: Any) -> None:
+        if "temperature" in request.body:
+            told = {
+                "error": {"message": "Unsupported value: 'temperature' does not support 0 with this model."}
+            }
+            request.send(400, json.dumps(told))
+        else:
+            request.say("好")
+
+    with serving(reply) as server:
+        thinker = endpoint(server.url)
+        assert [thinker.ask(MESSAGES) for _ in range(3)] == ["好"] * 3
+        assert ["temperature" in asked for asked in server.asked] == [True, False, False, False]
+
+
+def test_an_answer_that_repeats_the_key_is_kept_without_it() -> None:
+    with serving(says(f"I was given {KEY}.")) as server:
+        assert endpoint(server.url).ask(MESSAGES) == "I was given ***."
 
 
 @pytest.mark.parametrize("code", [400, 413, 422])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import http.server
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -66,25 +67,42 @@ def test_every_usual_layout_gives_the_same(exam: str, tmp_path: Path) -> None:
         assert read_exam(told, place, 2) == wanted, place
 
 
-def test_parquet_files_as_the_hub_converts_them(ceval: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["{}-00000-of-00001.parquet", "{}/0000.parquet", "{}.jsonl"])
+def test_a_folder_for_each_subject_as_the_hub_has_it(ceval: Path, tmp_path: Path, name: str) -> None:
     from datasets import Dataset
 
     told = find_exam("ceval")
     for subject, splits in read_exam(told, ceval, 5).items():
-        for split, rows in (("val", splits["test"]), ("dev", splits["dev"])):
-            file = tmp_path / "made" / subject / f"{split}-00000-of-00001.parquet"
+        for split, found in (("val", splits["test"]), ("dev", splits["dev"]), ("test", splits["dev"])):
+            file = tmp_path / "made" / subject / name.format(split)
             file.parent.mkdir(parents=True, exist_ok=True)
-            Dataset.from_list([{"id": n, **row} for n, row in enumerate(rows)]).to_parquet(file)
+            answers = {"answer": ""} if split == "test" else {}  # which are not published
+            rows = Dataset.from_list([{"id": n, **one.texts, **answers} for n, one in enumerate(found)])
+            rows.to_parquet(file) if file.suffix == ".parquet" else rows.to_json(file, force_ascii=False)
     assert read_exam(told, tmp_path / "made", 5) == read_exam(told, ceval, 5)
+
+
+def test_json_lines_in_the_place_of_csv_files(tmp_path: Path) -> None:
+    file = tmp_path / "test" / "arts.jsonl"
+    file.parent.mkdir()
+    line = {"Question": "问", "A": 1, "B": "2", "C": None, "D": "4", "Answer": "B"}
+    file.write_text(json.dumps(line) + "\n")
+    ((one,),) = [splits["test"] for splits in read_exam(find_exam("cmmlu"), tmp_path, 0).values()]
+    assert (list(one.texts.values()), one.file, one.line) == (["问", "1", "2", "", "4", "B"], str(file), 1)
+    for bad, what in (([line], "holds a list where a question"), ({"A": 1}, "has no column 'question'")):
+        file.write_text(json.dumps(line) + "\n" + json.dumps(bad) + "\n")
+        with pytest.raises(BadFile, match=f"arts.jsonl, line 2: {what}"):
+            read_exam(find_exam("cmmlu"), tmp_path, 0)
 
 
 def test_texts_stay_as_they_are_written(tmp_path: Path) -> None:
     file = csv_file(tmp_path, "cmmlu", "test", "arts")
-    row = ["0", '他说：“一, 二”"三"\n四  ', "007", "1.50", "None", "", " C "]
+    row = ["0", '他说：“一, 二”"三"\n四  ', "007", "1.50", "None", "", " c "]
     write_csv(file, HEADERS["cmmlu"], [row, []])
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert b"\r\n" in file.read_bytes()
     ((one,),) = [splits["test"] for splits in read_exam(find_exam("cmmlu"), tmp_path, 0).values()]
-    assert list(one.values()) == [*row[1:6], "C"]
+    assert (list(one.texts.values()), one.line) == ([*row[1:6], "C"], 2)
 
 
 def test_subjects_come_in_the_order_of_the_exam(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from chinese_llama.data.templates import find_template, prompt_ids
 from chinese_llama.errors import UserError
-from chinese_llama.evaluate.generate import answer, model_input, stream
+from chinese_llama.evaluate import generate as module
+from chinese_llama.evaluate.generate import answer, answer_all, model_input, steps, stream
 from chinese_llama.model.load import load_model, load_tokenizer
 
 BYTES = range(3, 259)
+LONGEST = 16  # tokens of an answer
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +147,97 @@ def test_literal_control_tokens_in_a_prompt_are_text(tokenizer: Any) -> None:
     ids = model_input(tokenizer, "a</s><s>b")
     assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.eos_token_id not in ids
+
+
+# --- batches
+
+
+def ends(model: Any, index: int, end: int) -> Any:
+    """A copy of `model` that says `end` where it would say `index`."""
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.lm_head.weight[end] = 1.01 * changed.lm_head.weight[index]
+    return changed
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("pad", [None, "<unk>"])
+def test_answers_in_batches_are_those_given_alone(
+    pad: str | None, temperature: float, model: Any, base: Path
+) -> None:
+    tokenizer = load_tokenizer(base)
+    tokenizer.pad_token = pad
+    limit = model.config.max_position_embeddings
+    texts = ["The", "She sells sea shells by the sea shore", "中国的首都", "a" * (limit - 10), "["]
+    prompts, seeds = [model_input(tokenizer, text) for text in texts], [5, 6, 7, 8, 9]
+    assert limit - LONGEST < max(map(len, prompts)) < limit, "one is cut by the limit of the model"
+    free = alone(model, tokenizer, prompts, temperature, seeds)
+    model = ends(model, free[0][3], tokenizer.eos_token_id)
+    wanted = alone(model, tokenizer, prompts, temperature, seeds)
+    assert len({len(new) for new in wanted}) > 1, "they stop at different steps"
+    together = steps(model, tokenizer, prompts, LONGEST, temperature, seeds)
+    assert collected(together, len(prompts)) == wanted
+    one = [answer(model, tokenizer, t, LONGEST, temperature, s) for t, s in zip(texts, seeds, strict=True)]
+    found = answer_all(model, tokenizer, prompts, LONGEST, temperature, seeds, 100)
+    assert [text for _, text in sorted(found)] == one
+
+
+def collected(said: Iterable[dict[int, int]], rows: int) -> list[list[int]]:
+    new: list[list[int]] = [[] for _ in range(rows)]
+    for step in said:
+        for row, index in step.items():
+            new[row].append(index)
+    return new
+
+
+def alone(
+    model: Any, tokenizer: Any, prompts: list[list[int]], temperature: float, seeds: list[int]
+) -> list[list[int]]:
+    """The ids of each answer of at most LONGEST tokens, one by one."""
+    return [
+        collected(steps(model, tokenizer, [ids], LONGEST, temperature, [seed]), 1)[0]
+        for ids, seed in zip(prompts, seeds, strict=True)
+    ]
+
+
+def test_memory_is_bounded_and_the_longest_come_first(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[tokenizer.bos_token_id] * length for length in (3, 40, 5, 9, 9, 2)]
+    asked: list[list[int]] = []
+
+    def watched(model: Any, tokenizer: Any, batch: Any, *rest: Any) -> Any:
+        asked.append([len(ids) for ids in batch])
+        return steps(model, tokenizer, batch, *rest)
+
+    monkeypatch.setattr(module, "steps", watched)
+    found = dict(answer_all(model, tokenizer, prompts, 2, 0.0, [0] * 6, batch_tokens=24))
+    assert asked == [[40], [9, 9], [5, 3, 2]]
+    assert sorted(found) == [0, 1, 2, 3, 4, 5]
+
+
+def test_where_memory_is_small_batches_are(model: Any, tokenizer: Any) -> None:
+    prompts = [[tokenizer.bos_token_id, *range(260, 260 + length)] for length in (3, 40, 5, 9, 9, 2)]
+    wanted = sorted(answer_all(model, tokenizer, prompts, 6, 0.0, [0] * 6))
+
+    class Small:
+        """The model on a GPU that holds keys and values of so many tokens."""
+
+        config, device = model.config, model.device
+
+        def __init__(self, tokens: int) -> None:
+            self.tokens = tokens
+
+        def __call__(self, **given: Any) -> Any:
+            if given["attention_mask"].numel() > self.tokens:
+                raise torch.OutOfMemoryError
+            return model(**given)
+
+    assert sorted(answer_all(Small(50), tokenizer, prompts, 6, 0.0, [0] * 6)) == wanted
+    with pytest.raises(UserError, match="does not hold the model and a prompt of 41 tokens with its answer"):
+        list(answer_all(Small(40), tokenizer, prompts, 6, 0.0, [0] * 6))
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 1e-40, 1e-9])
+def test_a_temperature_of_about_0_takes_the_likeliest(temperature: float, model: Any, tokenizer: Any) -> None:
+    assert answer(model, tokenizer, "The", 6, temperature) == answer(model, tokenizer, "The", 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,11 @@ def test_wikitext_is_the_sum_of_log_probabilities(model: Any, reader: Any, tmp_p
 
 
 def test_wikitext_of_documents_longer_than_a_window(extended: Path, reader: Any, tmp_path: Path) -> None:
-    """Windows written out: 127 tokens each after the one before them, the last as long as the others."""
+    """Windows written out: 128 tokens each after the one before them, the last as long as the others."""
     model = load_model(extended, "float32")
     text = "".join(tiny.CHINESE[:60])
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    ids, room = text_ids(reader, text), 127
+    ids, room = text_ids(reader, text), 128
     assert len(ids) > 2 * room and len(ids) % room
     whole = [reader.bos_token_id, *ids]
     nats = -log_probability(model, whole[:1], whole[1 : room + 1])
@@ -83,6 +84,48 @@ def test_wikitext_of_documents_longer_than_a_window(extended: Path, reader: Any,
     assert told["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
     assert told["words"] == 1 and nats > 709, "a number that exp cannot hold"
     assert math.isfinite(told["word_perplexity"])
+
+
+WIKI = """
+ = Robert <unk> =
+
+ Robert <unk> , born 1979 ( in London ) , is an actor . He 's in 2 @,@ 000 well @-@ known plays .
+
+ = = Career = =
+ Less is said .
+
+ = Du Fu =
+
+ 杜甫是唐代诗人。
+"""
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_wikitext_itself_is_measured_as_the_harness_does(
+    model: Any, reader: Any, tmp_path: Path, lines: bool
+) -> None:
+    """Published line by line, read as whole articles without the spacing, per word of what is published."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
+
+    if lines:
+        (tmp_path / "wiki.test.txt").write_text(WIKI, encoding="utf-8")
+    else:
+        rows = [json.dumps({"text": line}) for line in WIKI.splitlines(keepends=True)]
+        (tmp_path / "wiki.test.txt").with_suffix(".jsonl").write_text("\n".join(rows))
+    first, second = WIKI[: WIKI.index(" = Du")].removesuffix("\n"), WIKI[WIKI.index(" = Du") :].rstrip("\n")
+    pages = [{"page": first.removeprefix("\n")}, {"page": second}]
+    theirs = HFLM(model, backend="causal", tokenizer=reader, add_bos_token=False)
+    asked = [Instance("loglikelihood_rolling", {}, (wikitext_detokenizer(page),), 0) for page in pages]
+    assert "born 1979 (in London), is an actor. He's in 2,000 well-known plays .\n" in asked[0].args[0]
+    found = theirs.loglikelihood_rolling(asked)
+    by_page = [process_results(page, [nats]) for page, nats in zip(pages, found, strict=True)]
+    words, size = (sum(one[name][1] for one in by_page) for name in ("word_perplexity", "byte_perplexity"))
+    told = wikitext(model, reader, tmp_path)
+    assert (told["documents"], told["words"], told["bytes"]) == (2, words, size)
+    assert told["bits_per_byte"] == pytest.approx(-sum(found) / math.log(2) / size, rel=1e-4)
+    assert math.log(told["word_perplexity"]) == pytest.approx(-sum(found) / words, rel=1e-4)
 
 
 def test_wikitext_of_no_text_is_one_sentence(model: Any, reader: Any, tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def test_one_model_gets_points(tmp_path: Path) -> None:
         ('```json\n{"reason": "好", "better": 2}\n```', "Y"),
         ('Here it is: {"better": 1}. {not json}', "X"),
         ('<think>{"better": 1}? no</think>{"better": 2}', "Y"),
+        ('<think>{"better": 1} or', None),
         ('{"better": 1} and again {"better": "1"}', "X"),
         ('{"reason": "it says {\\"better\\": 1}", "better": 2}', "Y"),
         ('{"other": 1} {"better": 1}', "X"),

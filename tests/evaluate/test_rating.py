@@ -267,10 +267,12 @@ def test_a_browser_that_goes_away_leaves_no_traceback(
 def test_a_stop_ends_it_with_the_tally(number: int, tmp_path: Path) -> None:
     Votes(write(tmp_path)).add(1, CHOICES[2])
     code = (
-        "import signal, sys; from pathlib import Path; from chinese_llama.evaluate.rating import serve\n"
+        "import signal, sys\n"
         "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "serve(Path(sys.argv[1]), 0); print('torch' in sys.modules)"
+        "from chinese_llama.cli_answers import app\n"
+        "app(['rate', sys.argv[1], '--port', '0', '--json', sys.argv[1] + '/tally.json'], standalone_mode=False)\n"
+        "print('torch' in sys.modules)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -282,3 +284,5 @@ def test_a_stop_ends_it_with_the_tally(number: int, tmp_path: Path) -> None:
     assert (process.returncode, err) == (0, "")
     assert "1 of 5 prompts voted on" in out and "ties: 1." in out
     assert out.endswith("False\n")
+    tally = json.loads((tmp_path / "tally.json").read_text())
+    assert tally == {"names": {"A": "A", "B": "B"}} | Votes(tmp_path).tally() and tally["ties"] == 1

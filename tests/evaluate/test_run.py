@@ -6,15 +6,18 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
 from chinese_llama.errors import BadFile, DoesNotFit, UserError
 from chinese_llama.evaluate import run as module
+from chinese_llama.evaluate import speed
 from chinese_llama.evaluate.models import Subject
-from chinese_llama.evaluate.run import Request, check, compared, measure
+from chinese_llama.evaluate.run import Request, check, compared, measure, speeds
 from chinese_llama.merging.plan import load
 from tests import tiny
 from tests.model.test_adapters import peft_adapter
@@ -57,6 +60,30 @@ def test_what_is_told(measured: dict[str, Any], extended: Path) -> None:
     assert zh["interval"]["bits_per_byte"][0] < zh["bits_per_byte"]
     assert told["texts"]["en"]["tokens"] > 5 * 128  # the last document is longer than the model reads
     assert (told["texts"]["en"]["window"], told["texts"]["en"]["stride"]) == (128, 64)
+
+
+@pytest.mark.parametrize("free", [1 << 40, 0])
+def test_speeds_are_taken_in_turn_where_the_memory_holds_the_models(
+    base: Path,
+    extended: Path,
+    texts: dict[str, Path],
+    free: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    groups: list[int] = []
+    decoded = module._decoded
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(module, "_decoded", lambda m, t: groups.append(len(m)) or decoded(m, t))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(speed, "REPEATS", 1)
+    models = [Subject("base", str(base)), Subject("ours", str(extended))]
+    told = speeds(models, Request(texts), tmp_path / "keep")
+    assert [found["text"] for found in told] == ["zh"] * 2
+    assert told[0]["tokens"] > told[1]["tokens"] and told[0]["characters"] == told[1]["characters"]
+    assert speeds(models, Request(texts, stride=5), tmp_path / "keep") == told  # remembered
+    assert groups == ([2] if free else [1, 1])
+    assert speeds(models[1:], Request(texts), tmp_path / "keep") != told[1:]
+    assert groups[-1] == 1
 
 
 def test_two_tokenizers_are_compared_by_document(

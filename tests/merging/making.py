@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sentencepiece
 import torch
 from safetensors.torch import save_file
 
 from chinese_llama.artifacts import Manifest, input_record, write_manifest
-from chinese_llama.merging.adapter import Adapter, load
+from chinese_llama.errors import DoesNotFit
+from chinese_llama.merging.adapter import Adapter, Step, load
+from chinese_llama.merging.lineage import FORCE, check_lineage
 from chinese_llama.merging.registry import registry
 
 
@@ -73,3 +77,40 @@ def write_tokenizer(place: Path, pieces: int) -> Path:
         proto.pieces.add(piece=f"piece{number}", score=-float(number))
     (place / "tokenizer.model").write_bytes(proto.SerializeToString())
     return place
+
+
+LLAMA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "rms_norm_eps": 1e-6, "vocab_size": 32000}
+PLUS, ALPACA_PLUS, PRO = "chinese-llama-plus-7b", "chinese-alpaca-plus-7b", "chinese-alpaca-pro-7b"
+
+
+def merged(place: Path, base: Path, adapters: list[Adapter], tag: float = 9.0) -> Path:
+    """What `merge` leaves, as far as the lineage goes."""
+    place.mkdir()
+    save_file({"x": torch.full((1,), tag)}, place / "model.safetensors")
+    inputs = {"base": input_record(base)}
+    inputs |= {f"adapter:{i}": input_record(adapter.path) for i, adapter in enumerate(adapters)}
+    made = Manifest("model", "merge", inputs, {"loras": [adapter.name for adapter in adapters]})
+    write_manifest(place, made)
+    return place
+
+
+def final(base: Path, adapters: list[Adapter] | list[Step], told: str) -> None:
+    """It is refused in these words, whatever --force says."""
+    for forced in (False, True):
+        with pytest.raises(DoesNotFit, match=told) as caught:
+            check_lineage(base, adapters, forced)
+        assert FORCE not in str(caught.value)
+        assert str(caught.value).endswith(".")
+
+
+def soft(base: Path, adapters: list[Adapter] | list[Step], *told: str) -> None:
+    """It is refused in the first of these words, and all of them are told if --force overrules them."""
+    with pytest.raises(DoesNotFit, match=told[0]) as caught:
+        check_lineage(base, adapters)
+    assert str(caught.value).endswith(f"; {FORCE}")
+    sentences = check_lineage(base, adapters, True)
+    assert len(sentences) == len(told), sentences
+    for sentence, words in zip(sentences, told, strict=True):
+        assert re.search(words, sentence), (words, sentence)
+        assert sentence.endswith(".")
+        assert FORCE not in sentence

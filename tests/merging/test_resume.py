@@ -3,18 +3,12 @@ difference in the end."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -22,30 +16,29 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from chinese_llama.artifacts import read_manifest
-from chinese_llama.directories import MANIFEST
-from chinese_llama.errors import Interrupted, OutputExists, UserError
+from chinese_llama.errors import OutputExists, UserError
 from chinese_llama.merging import journal, stream
 from chinese_llama.merging.plan import Step, load
 from chinese_llama.model.shards import Weights
 from tests import tiny
+from tests.merging.breaking import (
+    INDEX,
+    SHARDS,
+    Case,
+    Files,
+    after,
+    assert_same,
+    content,
+    copy,
+    finished,
+    merge,
+    signalled,
+    stats,
+    stopped,
+    stopping,
+)
 from tests.model.test_adapters import FILE, peft_adapter
 from tests.test_directories import DEAD, worked_in
-
-SHARDS = "model-*-of-*.safetensors"
-INDEX = "model.safetensors.index.json"
-Files = dict[str, tuple[int, int]]  # (inode, time) by name
-
-
-class Case(NamedTuple):
-    """A base of many shards, an adapter for it, and what an unbroken merge makes of them."""
-
-    base: Path
-    adapter: Path
-    unbroken: Path
-
-    @property
-    def shards(self) -> int:
-        return len(list(self.base.glob(SHARDS)))
 
 
 @pytest.fixture(scope="module")
@@ -63,120 +56,18 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(folder / "base", adapter, folder / "unbroken")
 
 
-def merge(base: Path, adapter: Path, output: Path, weight: float = 1.0, **options: Any) -> None:
-    one = load(adapter.name, adapter)
-    one.weight = weight
-    stream.merge(base, [Step([one])], output, stream.Options(workers=1, **options))
-
-
-def partials(folder: Path) -> list[Path]:
-    return sorted(folder.glob(".out.*.partial"))
-
-
-def stats(folder: Path, pattern: str = SHARDS) -> Files:
-    return {f.name: (f.stat().st_ino, f.stat().st_mtime_ns) for f in folder.glob(pattern)}
-
-
-def finished(partial: Path) -> Files:
-    """What the journal calls finished."""
-    names = json.loads((partial / journal.FILE).read_text())["files"]
-    return {name: stat for name, stat in stats(partial).items() if name in names}
-
-
-def content(folder: Path) -> dict[str, Any]:
-    """Everything in a result, without the times in its manifest."""
-    found: dict[str, Any] = {f.name: f.read_bytes() for f in folder.iterdir() if f.name != MANIFEST}
-    manifest = json.loads((folder / MANIFEST).read_text())
-    del manifest["created"]
-    for record in manifest["files"].values():
-        del record["mtime_ns"]
-    return {**found, MANIFEST: manifest}
-
-
-def assert_same(output: Path, wanted: Path) -> None:
-    """The same files, and nothing of the work beside them."""
-    assert content(output) == content(wanted)
-    assert [path.name for path in output.parent.iterdir() if path.name.startswith(".")] == []
-
-
-def after(count: int) -> Callable[[Path], bool]:
-    """Whether so many shards are finished in a hidden directory, and the next one is begun."""
-    return lambda partial: len(list(partial.glob(SHARDS))) > count
-
-
-@contextlib.contextmanager
-def stopping(folder: Path, when: Callable[[Path], bool]) -> Iterator[None]:
-    """Ctrl-C for this process when the hidden directory of `folder`/out is as wanted."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.0005):
-            if any(map(when, partials(folder))):
-                signal.raise_signal(signal.SIGINT)
-                return
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        signal.signal(signal.SIGINT, before)
-
-
-def stopped(base: Path, adapter: Path, folder: Path, count: int = 3, **options: Any) -> Path:
-    """What a merge to `folder`/out leaves that is stopped after `count` shards, as of another process."""
-    with (
-        pytest.raises(Interrupted, match="the same command with --resume goes on"),
-        stopping(folder, after(count)),
-    ):
-        merge(base, adapter, folder / "out", **options)
-    (partial,) = partials(folder)
-    assert len(finished(partial)) >= count
-    return partial.rename(folder / f".out.{DEAD}.partial")
-
-
 @pytest.fixture(scope="module")
 def left(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stopped(case.base, case.adapter, tmp_path_factory.mktemp("left"), 8)
 
 
-def copy(left: Path, folder: Path, pid: int = DEAD) -> Path:
-    """What was left, beside `folder`/out; times are kept."""
-    return shutil.copytree(left, folder / f".out.{pid}.partial")
-
-
-# --- processes
-
-
-def signalled(
-    case: Case, folder: Path, number: int, when: Callable[[Path], bool], *more: str
-) -> tuple[int, str]:
-    """(exit code, stderr) of the command that gets a signal when its hidden directory is as wanted."""
-    places = ["--base", case.base, "--loras", case.adapter, "--output", folder / "out", "--workers", "1"]
-    argv = [sys.executable, "-m", "chinese_llama", "merge", *map(str, places), *more]
-
-    def listen() -> None:  # what runs in the background of a shell inherits that Ctrl-C is ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
-        while process.poll() is None and not any(map(when, folder.glob(f".out.{process.pid}.partial"))):
-            time.sleep(0.0005)
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        process.send_signal(number)
-        err = process.communicate()[1]
-    return process.returncode, err
-
-
-def test_a_merge_that_is_killed_again_and_again_is_finished(
+def test_a_merge_that_is_killed_twice_is_finished(
     case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last time while the result is verified: all shards are there."""
+    """The second time while the result is verified: all shards are there."""
     kept: Files = {}
-    moments = [after(1), after(case.shards // 2), lambda partial: (partial / INDEX).is_file()]
-    for count, moment in zip((1, case.shards // 2, case.shards), moments, strict=True):
+    moments = [after(case.shards // 2), lambda partial: (partial / INDEX).is_file()]
+    for count, moment in zip((case.shards // 2, case.shards), moments, strict=True):
         code, err = signalled(case, tmp_path, signal.SIGKILL, moment, *(["--resume"] if kept else []))
         assert code == -signal.SIGKILL
         assert (f"Going on: {len(kept)} finished files" in err) == bool(kept)
@@ -192,9 +83,9 @@ def test_a_merge_that_is_killed_again_and_again_is_finished(
     assert_same(tmp_path / "out", case.unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_tells_how_to_go_on(number: int, case: Case, tmp_path: Path) -> None:
-    code, err = signalled(case, tmp_path, number, after(3))
+def test_a_stop_tells_how_to_go_on(case: Case, tmp_path: Path) -> None:
+    """By SIGTERM, of which the command makes what Ctrl-C is; `stopped` is the same in this process."""
+    code, err = signalled(case, tmp_path, signal.SIGTERM, after(3))
     assert code == 130, err
     assert err == (
         "Stopped; what is finished is kept beside the output, and the same command with --resume goes on from it.\n"

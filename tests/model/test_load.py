@@ -60,6 +60,14 @@ def test_a_tokenizer_without_bos_is_refused(base: Path, tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_where_no_bos_is_named_a_document_begins_with_what_stands_between_documents(tmp_path: Path) -> None:
+    """Qwen's tokenizers; extend-vocab gives the same bos to what it makes of them."""
+    tokenizer = tiny.byte_level("gpt2")
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    base = tiny.write_byte_level(tmp_path, tokenizer, bos_token=None)
+    assert load_tokenizer(base).bos_token_id == tokenizer.token_to_id("<|endoftext|>")
+
+
 def test_the_model_is_ready_to_use(base: Path) -> None:
     model = load_model(base)
     assert not model.training

@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -93,13 +94,18 @@ def test_the_recipe_rebuilds_to_the_byte(
     assert 0 < len(selection.pieces) <= 60
 
 
-def test_the_contract_holds_on_all_real_text(data: Path, tmp_path: Path) -> None:
+def test_the_contract_holds_on_real_text(data: Path, tmp_path: Path) -> None:
+    """On every eighth record of each file: 7 MB."""
     llama = data / "tokenizers" / "llama"
     merge.extend_vocab(llama, None, tmp_path / "out")
-    files = sorted(data.glob("*.jsonl.gz"))
+    files = []
+    for file in sorted(data.glob("*.jsonl.gz")):
+        files.append(tmp_path / file.stem)
+        with gzip.open(file, "rb") as lines:
+            files[-1].write_bytes(b"".join(islice(lines, 0, None, 8)))
     assert len(files) >= 5
     told = audit_vocab(tmp_path / "out", files, llama)
     assert not told["dead"]
-    for file in told["files"].values():
-        assert file["documents"] > 100
-        assert (file["disagreements"], file["changed"], file["longer"]) == (0, 0, 0)
+    for found in told["files"].values():
+        assert found["documents"] > 30
+        assert (found["disagreements"], found["changed"], found["longer"]) == (0, 0, 0)
