@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,7 @@ def adapt(
     else:
         found = workspace.required("adapt", "FILE")
     if dry_run:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # a plan fetches nothing
         from chinese_llama.adapt.run import planned
 
         typer.echo(planned(found, only, start, force))

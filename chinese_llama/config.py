@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -32,6 +32,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except BadFile:
         raise
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        raise BadFile(
+            path, f"${{...}} is a reference to another name: {what} (as text: \\${{...}})."
+        ) from error
     except FileNotFoundError as error:
         raise BadFile(path, "no such file.") from error
     except OSError as error:
@@ -67,11 +72,11 @@ def _check_names(cls: type, values: dict[str, Any], where: str) -> None:
     for name, value in values.items():
         if name not in hints:
             raise UserError(f"{where}: unknown setting {name!r}{nearest(str(name), hints)}.")
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, dict):
-                raise UserError(
-                    f"{where}: {name}: {value!r} is no section; it must hold `name: value` lines."
-                )
+        section = dataclasses.is_dataclass(hints[name])
+        mapping = section or dict in (get_origin(kind) for kind in (hints[name], *get_args(hints[name])))
+        if mapping and not isinstance(value, (dict, type(None))):
+            raise UserError(f"{where}: {name}: {value!r} is no section; it must hold `name: value` lines.")
+        if section:
             _check_names(hints[name], value, f"{where}: {name}")  # type: ignore[arg-type]
 
 

@@ -24,6 +24,7 @@ class Settings:
     tag: str | None = None
     items: list[str] = field(default_factory=list)
     anything: Any = None
+    named: dict[str, int] | None = None
     flag: bool = False
 
 
@@ -49,7 +50,7 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
         ("a: 1\nb: [1\nc: 2\n", r"settings\.yaml, line 3: is not valid YAML"),
         ("a: 1\n\tb: 2\n", r"settings\.yaml, line 2: is not valid YAML"),
         ("a: 1\na: 2\n", r"settings\.yaml, line 2: is not valid YAML \(.*duplicate"),
-        ("a: ${nowhere}\n", r"settings\.yaml: is not valid YAML .*nowhere"),
+        ("a: ${nowhere}\n", r"settings\.yaml: .* is a reference .*'nowhere' not found"),
         (b"\xff\xd6", r"settings\.yaml: is not valid YAML .*utf-8"),
         ("- 1\n- 2\n", r"settings\.yaml: must hold `name: value` lines"),
         ("3\n", r"settings\.yaml: must hold `name: value` lines"),
@@ -95,6 +96,7 @@ def test_an_unknown_setting_names_the_nearest() -> None:
         ({"rate": [1]}, "^here: rate: "),
         ({"flag": "perhaps"}, "^here: flag: .*perhaps"),
         ({"steps": None}, "^here: steps: "),
+        ({"named": ["a"]}, r"^here: named: \['a'\] is no section; it must hold `name: value` lines"),
     ],
 )
 def test_a_wrong_type_is_named(values: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from chinese_llama.adapt.plan import Stage
 from chinese_llama.adapt.subjects import BASE, CONTROL, EXTENDED, MERGED, exams
 from chinese_llama.artifacts import read_manifest
 from chinese_llama.config import load_yaml
-from chinese_llama.data.formats import documents
+from chinese_llama.data.formats import as_paths, documents, texts
 from chinese_llama.data.mixture import names, sources
 from chinese_llama.directories import whole_path
 from chinese_llama.errors import OutputExists, UserError, nearest
@@ -29,10 +29,16 @@ def check(space: Workspace, found: list[Stage]) -> None:
     check_subject(base := _base(space))
     _outputs(space, found)
     if file := launch.launch_file(space):
-        load_yaml(file)
-    for stage in found:
-        if stage.name in ("pt_lora", "sft_lora", CONTROL):
-            _training(space, stage, base)
+        told = load_yaml(file)
+        if told.get("distributed_type") == "MULTI_CPU" and told.get("num_processes") not in (None, 1):
+            raise UserError(
+                f"{file}: MULTI_CPU starts one process without MPI, not {told['num_processes']}; take "
+                "recipes/launch/cpu_2.yaml."
+            )
+    _vocabulary(space, found)
+    for name in ("pt_lora", "sft_lora", CONTROL):  # what the control takes from pt_lora is told as pt_lora's
+        if name in (stage.name for stage in found):
+            _training(space, name, base)
     _adapters(space, found)
     _eval(space, base)
 
@@ -87,23 +93,51 @@ def _outputs(space: Workspace, found: list[Stage]) -> None:
             )
 
 
-def _training(space: Workspace, stage: Stage, base: Subject) -> None:
+def _vocabulary(space: Workspace, found: list[Stage]) -> None:
+    from chinese_llama.model.resize import DISTILL, METHODS
+    from chinese_llama.vocab.merge import POLICIES, SHIPPED, chinese_model
+    from chinese_llama.vocab.proto import read_chinese
+
+    s = space.settings
+    for where, value, known in (
+        ("extend_vocab.policy", s.extend_vocab.policy, POLICIES),
+        ("extend_model.init", s.extend_model.init, (*METHODS, DISTILL)),
+    ):
+        if value not in known:
+            raise UserError(
+                f"{space.file}: {where}: {value!r} is none of {', '.join(known)}{nearest(value, known)}."
+            )
+    if s.extend_model.pad_to_multiple_of < 1:
+        raise UserError(f"{space.file}: extend_model.pad_to_multiple_of must be at least 1.")
+    corpora = [s.extend_vocab.corpus]
+    if "train_vocab" in (stage.name for stage in found):
+        corpora.append(s.train_vocab.corpus)
+    elif (own := s.extend_vocab.chinese_sp) and own not in SHIPPED:
+        read_chinese(chinese_model(space.path(own)))
+    for path in (path for corpus in corpora if corpus is not None for path in as_paths(space.paths(corpus))):
+        next(texts(path))
+
+
+def _training(space: Workspace, stage: str, base: Subject) -> None:
     from chinese_llama.data.templates import find_template
     from chinese_llama.train.build import check_length
     from chinese_llama.train.fields import Recipe, checked
     from chinese_llama.train.jobs import JOBS
 
-    name = "pt_lora" if stage.name == CONTROL else stage.name
-    words = control.words(space) if stage.name == CONTROL else []
+    name = "pt_lora" if stage == CONTROL else stage
+    words = control.words(space) if stage == CONTROL else []
     defaults = launch.recipe(name, space).DEFAULTS
     try:
         recipe: Recipe[Any] = checked(name, JOBS[name][0], defaults, ["--workspace", str(space.file), *words])
     except UserError as error:
-        if stage.name != CONTROL:
+        if stage != CONTROL:
             raise
         raise UserError(f"control: {error}") from error
-    if not recipe.fields.model_name_or_path or stage.name == CONTROL:
-        check_length(base.directory, recipe.fields.length)
+    if not recipe.fields.model_name_or_path or stage == CONTROL:
+        try:
+            check_length(base.directory, recipe.fields.length)
+        except UserError as error:
+            raise UserError(f"{space.file}: {stage}: {error}") from error
     if name == "sft_lora":
         find_template(recipe.fields.template)
 
@@ -159,12 +193,14 @@ def _eval(space: Workspace, base: Subject) -> None:
     for file in section.text.values():
         next(documents(space.path(file)))
     limits(space, section.text or _held_out(space))
+    asked = exams(space)
+    tokenizer = load_tokenizer(base.tokenizer) if base.tokenizer and (section.prompts or asked) else None
     if section.prompts:
         prompts = read_prompts(questions := space.path(section.prompts))
-        if base.context and base.tokenizer:
-            check_room(load_tokenizer(base.tokenizer), base.context, prompts, questions)
-    for exam, place in exams(space).items():
-        choices.check_choices(exam, place, section.shots)
+        if base.context and tokenizer:
+            check_room(tokenizer, base.context, prompts, questions)
+    for exam, place in asked.items():  # the base's tokenizer has the most tokens for a question
+        choices.check_fits(exam, place, section.shots, tokenizer, base.context)
     if section.wikitext:
         choices.check_harness()
         next(documents(space.path(section.wikitext)))

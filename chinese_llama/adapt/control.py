@@ -8,6 +8,7 @@ is packed for both tokenizers.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,9 @@ def _converted(space: Workspace) -> dict[str, Any]:
         epochs = section.get("num_train_epochs", recipe("pt_lora", space).DEFAULTS.get("num_train_epochs", 1))
         made["num_train_epochs"] = round(epochs * wanted / base_epoch, 4)
     if steps := _steps(section):
-        made["max_steps"] = max(1, round(steps * wanted / epoch))
+        defaults = recipe("pt_lora", space).DEFAULTS
+        tokens = _tokens({**defaults, **section}) / _tokens({**defaults, **section, **own})
+        made["max_steps"] = max(1, round(steps * tokens * wanted / epoch))
     return {name: value for name, value in made.items() if name not in own}
 
 
@@ -103,6 +106,15 @@ def _steps(section: dict[str, Any]) -> float:
     """The steps that a section counts; 0 where epochs do, or something that is no number."""
     steps = section.get("max_steps")
     return steps if isinstance(steps, (int, float)) and steps > 0 else 0
+
+
+def _tokens(settings: dict[str, Any]) -> float:
+    """Tokens that a process reads in a step."""
+    from chinese_llama.train.fields import DEFAULTS, PretrainingFields
+
+    known = {**DEFAULTS, "gradient_accumulation_steps": 1, "block_size": PretrainingFields.block_size}
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "block_size")
+    return math.prod(settings.get(name, known[name]) for name in names)
 
 
 def _argv(told: dict[str, Any]) -> list[str]:

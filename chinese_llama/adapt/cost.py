@@ -13,7 +13,6 @@ from chinese_llama.artifacts import read_manifest
 from chinese_llama.config import load_yaml
 from chinese_llama.data.mixture import sources
 from chinese_llama.directories import whole_path
-from chinese_llama.errors import BadFile
 from chinese_llama.hub import local
 from chinese_llama.model.shards import EMBED, HEAD, Weights
 from chinese_llama.model.tensors import nbytes
@@ -72,12 +71,10 @@ def _pieces(space: Workspace) -> int:
     named = space.settings.extend_vocab.chinese_sp or "20k"
     if named in PIECES:
         return PIECES[named]
-    from sentencepiece import SentencePieceProcessor
+    from chinese_llama.vocab.merge import chinese_model
+    from chinese_llama.vocab.proto import read_chinese
 
-    try:
-        return int(SentencePieceProcessor(model_file=str(space.path(named))).get_piece_size())
-    except (OSError, RuntimeError) as error:
-        raise BadFile(space.path(named), "is no SentencePiece model (extend_vocab.chinese_sp).") from error
+    return len(read_chinese(chinese_model(space.path(named))).pieces)
 
 
 def costs(space: Workspace, stages: list[Stage]) -> dict[str, Cost]:

@@ -11,6 +11,7 @@ from typing import Any
 from chinese_llama import __version__
 from chinese_llama.adapt import check, subjects
 from chinese_llama.adapt.made import made_from
+from chinese_llama.adapt.plan import REMEMBERED, REPORT
 from chinese_llama.adapt.subjects import BASE, CONTROL, Measured
 from chinese_llama.artifacts import (
     Keep,
@@ -23,18 +24,16 @@ from chinese_llama.artifacts import (
     write_manifest,
 )
 from chinese_llama.directories import new_directory, write_text
-from chinese_llama.errors import BadFile, Interrupted, UserError
+from chinese_llama.errors import Interrupted, UserError
 from chinese_llama.evaluate.answers import How, answer_file, read_answers, read_prompts, right
 from chinese_llama.evaluate.compare import broken
 from chinese_llama.evaluate.models import check_subject
 from chinese_llama.evaluate.report.page import html
 from chinese_llama.evaluate.report.twin import markdown
 from chinese_llama.evaluate.run import compared, measure
-from chinese_llama.model.shards import read_json
 from chinese_llama.progress import say
 from chinese_llama.workspace import Workspace
 
-REPORT, REMEMBERED = "report.json", "measured"
 Told = dict[str, Any]
 
 
@@ -72,16 +71,6 @@ def evaluated(space: Workspace, force: bool, keep: Keep = True) -> Manifest:
     return manifest
 
 
-def read_told(output: Path) -> Told:
-    """What a report was written from. Raises BadFile where it is damaged."""
-    told = read_json(output / REPORT)
-    if not isinstance(told.get("comparisons"), list):
-        raise BadFile(
-            output / REPORT, "is no report of this tool; chinese-llama adapt --only eval --force makes it."
-        )
-    return told
-
-
 def _manifest(space: Workspace, found: list[Measured], sets: dict[str, Path]) -> Manifest:
     section = space.settings.eval
     places = {item.subject.name: item.subject.directory for item in found if not item.subject.adapters}
@@ -95,10 +84,15 @@ def _manifest(space: Workspace, found: list[Measured], sets: dict[str, Path]) ->
     }
     settings = {name: value for name, value in dataclasses.asdict(section).items() if name != "output"}
     settings["title"] = space.settings.title
-    settings["models"] = {item.subject.name: item.subject.digest() for item in found}
-    return Manifest(
-        "report", "adapt", {role: input_record(place) for role, place in places.items()}, settings
-    )
+    inputs = {role: input_record(place) for role, place in places.items()}
+    inputs |= {  # figures depend on more than the weights
+        f"tokenizer or config of {item.subject.name}": {
+            "path": str(item.subject.directory),
+            "sha256": item.subject.digest(),
+        }
+        for item in found
+    }
+    return Manifest("report", "adapt", inputs, settings)
 
 
 def _stage(item: Measured, figures: Told) -> Told:

@@ -16,6 +16,7 @@ from chinese_llama.workspace import Workspace
 
 Make = Callable[[dict[str, Any], bool], Any]  # ({"keep": ...}, force)
 STANDS, MISSING, STALE = "stands", "missing", "stale"
+REPORT, REMEMBERED = "report.json", "measured"  # in the directory of `eval`, and beside it
 UNFINISHED, BLOCKED, OPEN = "unfinished", "blocked", "open"
 
 
@@ -38,6 +39,11 @@ class Stage:
     def occupied(self) -> bool:
         """Whether there is anything where it writes."""
         return self.output.is_dir() and any(self.output.iterdir())
+
+    @property
+    def begun(self) -> bool:
+        """Whether a result is there, or a training that did not end."""
+        return self.occupied or self.output.with_name(self.output.name + ".run").is_dir()
 
 
 @dataclass(frozen=True)
@@ -144,8 +150,6 @@ def trained(space: Workspace, name: str, argv: Callable[[], list[str]] = list) -
 
 def state_of(stage: Stage) -> State:
     """Whether the result of a stage stands, now that those before it do. Raises UserError."""
-    if not stage.occupied and not stage.askable():
-        return State(MISSING)
     try:
         stage.make({"keep": "ask"}, False)
     except Asked as asked:
@@ -159,9 +163,9 @@ def states(found: list[Stage]) -> dict[str, State]:
     for stage in found:
         before = next((name for name in stage.reads if told[name].kind != STANDS), None)
         if before is not None:
-            told[stage.name] = State(OPEN, f"{before} is made first") if stage.occupied else State(MISSING)
-        elif stage.occupied and not stage.askable():
-            told[stage.name] = State(OPEN, "its data is packed first")
+            told[stage.name] = State(OPEN, f"{before} is made first") if stage.begun else State(MISSING)
+        elif not stage.askable():
+            told[stage.name] = State(OPEN, "its data is packed first") if stage.begun else State(MISSING)
         else:
             told[stage.name] = state_of(stage)
     return told

@@ -52,12 +52,20 @@ def checked(folder: Path, values: dict[str, Any], **sections: Any) -> Workspace:
         ({"eval": {"max_regression": {"ex": 0.1}}}, "no text is named 'ex'"),
         ({"eval": {"text": None, "max_regression": {"en": 0.1}}}, "none is measured: add eval.text"),
         ({"launch": "ours.yaml"}, r"ours\.yaml, line \d: is not valid YAML"),
+        ({"launch": "cpus.yaml"}, r"cpus\.yaml: MULTI_CPU starts one process .*cpu_2\.yaml"),
+        ({"extend_model": {"init": "asymetric"}}, r"extend_model\.init: .*did you mean 'asymmetric'"),
+        ({"extend_model": {"pad_to_multiple_of": 0}}, "must be at least 1"),
+        ({"extend_vocab": {"policy": "strickt"}}, r"extend_vocab\.policy: .*did you mean 'strict'"),
+        ({"extend_vocab": {"chinese_sp": "ours.yaml"}}, r"ours\.yaml: is not a SentencePiece model"),
+        ({"extend_vocab": {"corpus": ["no.jsonl"]}}, r"no\.jsonl: no such file"),
+        ({"pt_lora": {"lora": 1}, "control": {}}, "^pt_lora: 'lora' is no field"),
     ],
 )
 def test_a_setting_that_a_later_stage_refuses(
     tmp_path: Path, whole: dict[str, Any], sections: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "ours.yaml").write_text("a: b\nc: [\n")
+    (tmp_path / "cpus.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
     with pytest.raises(UserError, match=message):
         checked(tmp_path, whole, **sections)
     assert not (tmp_path / "work").exists()

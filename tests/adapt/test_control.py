@@ -57,6 +57,9 @@ def test_counted_steps_become_those_that_read_the_same_text(
         texts = [text for name in ("zh", "en") for text in documents(work / f"{name}.jsonl")]
         counts.append(sum(len(tokenizer(text, add_special_tokens=False).input_ids) + 2 for text in texts))
     assert abs(steps - 1000 * counts[0] / counts[1]) < 10
+    smaller = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
+    space = spaces.write(tmp_path, values | {"control": smaller})
+    assert abs(told(space)["max_steps"] - steps * 2 / 3) <= 1
 
 
 def test_with_weights_it_reads_the_same_characters_of_every_source(

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from chinese_llama.adapt import cost, plan
+from chinese_llama.adapt.run import planned
+from chinese_llama.errors import UserError
 from chinese_llama.model.shards import Weights
 from chinese_llama.model.tensors import nbytes
 from chinese_llama.workspace import Workspace
@@ -97,3 +99,8 @@ def test_the_table_says_what_becomes_of_each_stage(
 def test_sizes_are_told_in_a_unit_that_fits(count: int) -> None:
     number, unit = cost._size(count).split()
     assert float(number) * {"MiB": 2**20, "GiB": 2**30}[unit] == pytest.approx(count)
+
+
+def test_a_plan_fetches_nothing(tmp_path: Path, work: Path, chinese_sp: Path) -> None:
+    with pytest.raises(UserError, match="no-one/none is not on this disk yet, and a plan fetches nothing"):
+        planned(space(tmp_path, work, Path("no-one/none"), chinese_sp))

@@ -15,6 +15,7 @@ import yaml
 
 from chinese_llama.adapt import plan
 from chinese_llama.adapt.run import adapt, planned
+from chinese_llama.adapt.settled import settled
 from chinese_llama.errors import UserError
 from chinese_llama.workspace import Workspace
 from tests.adapt import spaces
@@ -86,6 +87,9 @@ def test_the_control_reads_the_same_characters(space: Workspace) -> None:
 def test_all_stands_when_it_is_run_again(space: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     folder = space.file.parent
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    found = plan.stages_of(space)
+    assert {state.kind for state in plan.states(found).values()} == {plan.STANDS}
+    assert settled(space, found)
     over, text = adapt(Workspace(space.file))
     assert over == [] and "merged" in text
     assert capsys.readouterr().err.count("stands") == 7
@@ -136,6 +140,8 @@ def test_a_stopped_training_goes_on(space: Workspace, tmp_path: Path) -> None:
     words = [str(BIN / "chinese-llama"), "adapt", other.file.name, "--only", "pt_lora"]
     process = subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     wait_for(folder / "work/long.run", "checkpoint-5", process)
+    with pytest.raises(UserError, match=rf"Another process works in .*{other.file.name}"):
+        adapt(other, only="pt_lora")
     os.kill(process.pid, signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error[-2000:]

@@ -82,14 +82,13 @@ class Card:
     after: str
     unit: str
     line: str
-    kind: str = ""  # good, bad
+    kind: str = ""  # good, bad, less: fell, but no interval shows it
 
 
 @dataclass(frozen=True)
 class Summary:
     verdict: Sequence[tuple[str, str]]  # (kind: "" or bad, sentence)
-    gained: Sequence[Card]
-    paid: Sequence[Card]
+    groups: Sequence[tuple[str, Sequence[Card]]]
 
 
 Block = str | Table | Evidence | Terms | Sample

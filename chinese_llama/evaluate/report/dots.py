@@ -81,7 +81,7 @@ def span(rows: Sequence[Row], axis: Axis) -> tuple[float, float]:
 def _grid(scale: svg.Scale, axis: Axis, top: float, bottom: float) -> list[str]:
     """Faint lines at round numbers, these below, and what the axis counts."""
     drawn = []
-    for tick in svg.ticks(scale.low, scale.high):
+    for tick in _ticks(scale, axis.unit):
         drawn.append(svg.line(scale(tick), top, scale(tick), bottom, "grid"))
         drawn.append(svg.words(scale(tick), bottom + 14, svg.tick_label(tick, axis.unit), "soft", "middle"))
     for at, label in axis.at:
@@ -89,6 +89,16 @@ def _grid(scale: svg.Scale, axis: Axis, top: float, bottom: float) -> list[str]:
         drawn.append(svg.words(scale(at), top - 4, label, "soft", "middle") if label else "")
     middle = (scale.start + scale.end) / 2
     return [*drawn, svg.words(_held(middle, axis.label), bottom + 30, axis.label, "soft", "middle")]
+
+
+def _ticks(scale: svg.Scale, unit: str) -> list[float]:
+    """Round numbers, as many as have room for their labels beside each other."""
+    for most in (5, 4, 3, 2):
+        found = svg.ticks(scale.low, scale.high, most)
+        widest = max((svg.width(svg.tick_label(tick, unit)) for tick in found), default=0.0)
+        if len(found) < 2 or scale(found[1]) - scale(found[0]) >= widest + 8:
+            break
+    return found
 
 
 def _held(middle: float, label: str) -> float:

@@ -125,7 +125,8 @@ def _categories(name: str, taken: Taken) -> Table:
     average = [_cell(accuracy(exam.get("average"))) for _, exam in taken]
     exam = taken[-1][1]
     rows.append([Cell("average", kind="final"), *average, count(exam.get("questions"))])
-    said = [f"{count(exam['shots'])} examples before each question"] if count(exam.get("shots")) else []
+    shots = count(exam.get("shots"))
+    said = [f"{shots} {'example' if shots == '1' else 'examples'} before each question"] if shots else []
     said += [one_line(exam[key]) for key in ("place", "source") if one_line(exam.get(key))]
     missing = [one_line(subject) for subject in items(exam.get("missing"))]
     said += [f"not there, and not counted: {', '.join(missing)}"] if missing else []

@@ -155,8 +155,8 @@ def _bytes(view: View) -> Table:
 
 
 def forgetting(view: View) -> Section | None:
-    """Relative change of each text against a baseline; the text that the work was for is left out of the plots,
-    where it would dwarf the others, and is in the tables."""
+    """Relative change of each text against a baseline; those that the work was for are left out of the plots,
+    where they would dwarf the others, and are in the tables."""
     if not view.comparisons:
         return None
     kept = {id(one): _change_rows(view, one) for one in view.comparisons}
@@ -168,17 +168,28 @@ def forgetting(view: View) -> Section | None:
             if kept[id(one)]:
                 plots.append(_change_plot(one, kept[id(one)], range_))
     terms = [VERDICT, *([LIMIT] if any(row.limit is not None for row in every) else [])]
-    left_out = any(view.chinese in one.texts for one in view.comparisons) and bool(plots)
+    left_out = [text_label(text) for text in _gains(view)] if plots else []
     note = (
-        f"{text_label(view.chinese)} is in the table only: its gain would dwarf the rest."
-        if left_out and view.chinese
-        else ""
+        f"In the table only: {', '.join(left_out)}, where the gain would dwarf the rest." if left_out else ""
     )
     return Section("Forgetting", [Evidence(plots, [_change_table(view, note)]), Terms(terms)])
 
 
+def _gains(view: View) -> list[str]:
+    """The text that the work was for, and those like it that got better everywhere."""
+    found: dict[str, set[str]] = {}
+    for one in view.comparisons:
+        for text, told in one.texts.items():
+            found.setdefault(text, set()).add(told.verdict)
+    return [
+        text
+        for text, verdicts in found.items()
+        if text == view.chinese or (view.by_character(text) and verdicts == {"better"})
+    ]
+
+
 def _change_rows(view: View, compared: Comparison) -> list[Row]:
-    others = [text for text in compared.texts if text != view.chinese]
+    others = [text for text in compared.texts if text not in _gains(view)]
     rows = []
     for text in others or compared.texts:
         one = compared.texts[text]

@@ -72,8 +72,7 @@ def _head(title: str, when: str, first: Summary) -> str:
     )
     groups = "".join(
         f'<div class="group"><h2>{name}</h2><div class="cards">{"".join(map(_card, cards))}</div></div>'
-        for name, cards in (("What was gained", first.gained), ("What it cost", first.paid))
-        if cards
+        for name, cards in first.groups
     )
     named = f"<h1{_tongue(title)}>{escape(title)}</h1>" + _p(when, "when")
     return f"<header>{named}{verdict}{groups}</header>"

@@ -6,6 +6,7 @@ from chinese_llama.evaluate.report.blocks import Card, Summary
 from chinese_llama.evaluate.report.exams import accuracy, title
 from chinese_llama.evaluate.report.made import rights
 from chinese_llama.evaluate.report.values import (
+    Measure,
     changes,
     count,
     decimals,
@@ -18,15 +19,22 @@ from chinese_llama.evaluate.report.values import (
 )
 from chinese_llama.evaluate.report.view import Change, Stage, View, text_label
 
-KEPT = ("better", "no difference shown")
+BETTER, SAME = "better", "no difference shown"
+LOST = ("bad", "less")  # kinds of cards
 SENTENCES = 2  # on texts that got worse; more of them share one
 
 
 def summary(view: View) -> Summary:
-    gained = [card for card in (_chinese(view), _tokens(view), _speed(view), _right(view)) if card]
-    gained += _exams(view)
-    paid = [card for card in (*_others(view), _pieces(view), _time(view)) if card]
-    return Summary(_verdict(view), gained, paid)
+    hoped = [_chinese(view), _tokens(view), _speed(view), _right(view), *_exams(view)]
+    others = _others(view)
+    gained = [card for card in hoped if card and card.kind not in LOST]
+    gained += [card for card in others if card.kind == "good"]
+    lost = [card for card in hoped if card and card.kind in LOST]
+    lost += [card for card in others if card.kind != "good"]
+    paid = [*lost, *(card for card in (_pieces(view), _time(view)) if card)]
+    named = "What was gained" if _pair(view) else "What was measured"
+    groups = ((named, gained), ("What it cost", paid))
+    return Summary(_verdict(view), [(name, cards) for name, cards in groups if cards])
 
 
 def _pair(view: View) -> tuple[Stage, Stage] | None:
@@ -82,17 +90,22 @@ def _kept(others: dict[str, Change]) -> list[tuple[str, str]]:
     broken = {text: one for text, one in others.items() if one.broken}
     worse = {text: one for text, one in others.items() if one.verdict == "worse" and not one.broken}
     rest = {text: one for text, one in others.items() if text not in broken and text not in worse}
-    kept = [text_label(text) for text, one in rest.items() if one.verdict in KEPT]
+    gained, kept = (
+        [text_label(text) for text, one in rest.items() if one.verdict == verdict]
+        for verdict in (BETTER, SAME)
+    )
     said = [("bad", _lost(text, one, "passed")) for text, one in broken.items()]
     if len(worse) <= SENTENCES:
         said += [(one.kind, _lost(text, one, "got worse, within")) for text, one in worse.items()]
     else:
         named = ", ".join(f"{text_label(text)} {changes(one.difference)[0]}" for text, one in worse.items())
         said.append(("", f"More bits, but past no limit: {named}."))
+    if gained:
+        said.append(("", f"Fewer bits than before in {', '.join(gained)}."))
     if kept:
         said.append(("", f"Nothing was shown to be lost in {', '.join(kept)}."))
     for text, one in rest.items():
-        if one.verdict not in KEPT:
+        if one.verdict not in (BETTER, SAME):
             said.append(("", f"{text_label(text)}: {_said(one)} bits{one.verdict and f', {one.verdict}'}."))
     return said
 
@@ -190,7 +203,12 @@ def _right(view: View) -> Card | None:
     before = others[0][1].split(" of ")[0] if others else ""
     right, _, asked = told.partition(" of ")
     line = f"By {label}: the answer holds the keyword."
-    return Card("Questions", before, right, f"of {asked} answered right, {part}", line)
+    kind = "less" if before and _int(right) < _int(before) else ""
+    return Card("Questions", before, right, f"of {asked} answered right, {part}", line, kind)
+
+
+def _int(text: str) -> int:
+    return int(text.replace(",", "").replace("−", "-"))
 
 
 def _exams(view: View) -> list[Card]:
@@ -203,8 +221,18 @@ def _exams(view: View) -> list[Card]:
             before = fixed(100 * first.value, 1) if first else ""
             ends = f" {share_ends(last, 1)}".rstrip()
             line = "Multiple choice of four: guessing gives 25 %."
-            cards.append(Card(title(name), before, share(last.value, 1), f"answered right{ends}", line))
+            kind = _shown(first, last) if first else ""
+            cards.append(Card(title(name), before, share(last.value, 1), f"answered right{ends}", line, kind))
     return cards
+
+
+def _shown(first: Measure, last: Measure) -> str:
+    """good or bad where the intervals lie apart; else less where the second figure is the smaller one."""
+    if first.high is not None and last.low is not None and last.low > first.high:
+        return "good"
+    if first.low is not None and last.high is not None and last.high < first.low:
+        return "bad"
+    return "less" if last.value < first.value else ""
 
 
 def _others(view: View) -> list[Card]:

@@ -28,12 +28,13 @@ def training(view: View) -> Section | None:
         for text in _texts(chain)
         if (plot := _bits_plot(view, chain, text, across))
     ]
+    calmed = any('class="faint"' in plot.drawing for plot in plots)
     tables = [_table(label, log, across) for label, log in logs.items()]
     blocks: list[Block] = []
     if plots:
         blocks.append(
-            "The loss is what the training lowers, in nats per token, so it does not compare between vocabularies. "
-            "Faint: what was logged; the line: its mean over a twentieth of the log."
+            "The loss is what the training lowers, in nats per token, so it does not compare between vocabularies."
+            + (" Faint: what was logged; the line: its mean over a twentieth of the log." if calmed else "")
         )
         blocks.append(Evidence(plots, [] if measured else tables))
     if measured:

@@ -24,8 +24,8 @@ def markdown(told: dict[str, Any]) -> str:
     title, when = heading(seen)
     first = summary(seen)
     blocks = [f"# {escape(title)}", escape(when), *(escape(said) for _, said in first.verdict)]
-    if cards := [*first.gained, *first.paid]:
-        blocks.append(_table(_cards(cards)))
+    for name, cards in first.groups:
+        blocks += [f"**{name}**", _table(_cards(cards))]
     for section in sections(seen):
         blocks.append(f"## {escape(section.title)}")
         blocks += [text for block in section.blocks for text in _block(block)]

@@ -161,7 +161,7 @@ def whole() -> dict[str, Any]:
     roles = ("base", "Chinese vocabulary", "tokenizer", "extended", "plus", "alpaca", "merged", "text zh")
     return {
         "title": "From base-proxy to Chinese",
-        "created": "2026-05-04 12:31 UTC",
+        "created": "2026-05-04T12:31:07Z",
         "tool": "chinese-llama 0.6.0",
         "seconds": 8_063.4,
         "artifacts": [

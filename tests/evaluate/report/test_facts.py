@@ -74,9 +74,10 @@ def test_verdicts() -> None:
     told["comparisons"] = [
         comparison("merged", (0.02, -0.01, 0.05), (-0.01, -0.02, -0.005), (0.01, -0.01, 0.03))
     ]
-    assert verdict(told)[:2] == [
+    assert verdict(told)[:3] == [
         "Chinese (zh): no difference shown (+2.0 % [−1.0, +5.0]).",
-        "Nothing was shown to be lost in English (en), code.",
+        "Fewer bits than before in English (en).",
+        "Nothing was shown to be lost in code.",
     ]
     told["comparisons"] = [comparison("merged", (0.02, 0.01, 0.03), (0.01, 0.005, 0.02), (0.01, 0.005, 0.02))]
     told["comparisons"][0]["limits"] = {}
@@ -116,7 +117,7 @@ def test_a_text_of_one_document_has_no_verdict() -> None:
 
 def cards(told: dict[str, Any]) -> dict[str, Card]:
     found = summary(view(told))
-    return {card.what: card for card in (*found.gained, *found.paid)}
+    return {card.what: card for _, cards in found.groups for card in cards}
 
 
 def test_cards() -> None:
@@ -128,6 +129,27 @@ def test_cards() -> None:
     assert found["code"].kind == "bad" and found["English (en)"].kind == ""
     assert found["Questions"].before == "1" and found["Questions"].after == "100"
     assert "491,520 characters" in found["Time"].line
+
+
+def groups(told: dict[str, Any]) -> dict[str, list[str]]:
+    return {name: [card.what for card in cards] for name, cards in summary(view(told)).groups}
+
+
+def test_what_fell_is_a_cost_and_what_rose_a_gain() -> None:
+    told = whole()
+    told["comparisons"] = [
+        comparison("merged", (0.02, 0.01, 0.05), (-0.01, -0.02, -0.005), (0.01, -0.01, 0.03))
+    ]
+    told["stages"][4]["choices"][0]["average"] = {"accuracy": 0.262, "stderr": 0.012}
+    told["right"]["merged"] |= {"right": 0, "share": 0.0}
+    found = groups(told)
+    assert found["What was gained"] == ["Length of text", "Decoding", "English (en)"]
+    assert found["What it cost"] == ["Chinese (zh)", "Questions", "C-Eval", "Vocabulary", "Time"]
+    assert cards(told)["C-Eval"].kind == "less"
+    told["stages"][4]["choices"][0]["average"] = {"accuracy": 0.1, "stderr": 0.012}
+    assert cards(told)["C-Eval"].kind == "bad"
+    told["stages"] = told["stages"][:1]
+    assert "What was gained" not in groups(told), "nothing can be gained over nothing"
 
 
 def test_without_english_the_worst_other_texts_are_shown() -> None:
@@ -190,6 +212,12 @@ def test_forgetting_shares_an_axis_and_leaves_out_what_dwarfs() -> None:
         "alpaca, unmerged against base: code beyond the limit",
     ]
     assert all("Chinese" not in plot.drawing and "English (en)" in plot.drawing for plot in plots)
+    told = whole()
+    for one in (*told["stages"], *told["comparisons"]):
+        one["texts"]["新闻"] = one["texts"]["zh"]
+    (block,) = (one for one in forgetting(view(told)).blocks if isinstance(one, Evidence))  # type: ignore[union-attr]
+    assert all("新闻" not in plot.drawing for plot in block.plots), "another text that gained as much"
+    assert "Chinese (zh), 新闻" in block.tables[0].note
     told = whole()
     told["comparisons"][0]["limits"] = {"en": 0.02}
     assert "code −0.4 %" in forgetting(view(told)).blocks[0].plots[1].title  # type: ignore[union-attr]

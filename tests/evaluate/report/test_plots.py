@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as xml
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -128,3 +129,14 @@ def test_long_labels_are_wrapped_and_then_cut() -> None:
     assert svg.wrap("x" * 80, 128)[0].endswith("…")
     assert svg.width(svg.fit("中文" * 30, 100)) <= 100
     assert "<title>" in svg.words(0, 0, "a…", whole="abc") and 'lang="zh-Hans"' in svg.words(0, 0, "中")
+
+
+@given(st.floats(-1, 1), st.floats(-1, 1))
+def test_the_figures_of_an_axis_stand_apart(one: float, other: float) -> None:
+    figures = {"a corpus with a name": one, "b": other, "c": 0.0}
+    rows = [Row(name, [Mark(Measure(value), "stage", "")], "+12.3 %") for name, value in figures.items()]
+    plot = dots("t", "d", rows, Axis("change", "%", at=[(0.0, "")]))
+    told = [e for e in drawn(plot).iter("text") if (e.text or "").endswith(" %") and e.get("class") == "soft"]
+    spans = [(float(e.attrib["x"]), svg.width(e.text or "") / 2) for e in told]
+    for (left, half), (right, other_half) in pairwise(spans):
+        assert right - other_half - left - half > 3
