@@ -207,8 +207,10 @@ def identity(path: Path) -> str:
 
 
 def input_record(path: Path) -> dict[str, str]:
-    """What a manifest says of one input."""
-    return {"path": str(Path(path).absolute()), "sha256": identity(path)}
+    """What a manifest says of one input; the identity of a model is that of its weights, `config` is told apart."""
+    record = {"path": str(Path(path).absolute()), "sha256": identity(path)}
+    config = Path(path) / "config.json"
+    return record | ({"config": _sha256_once(config)} if config.is_file() else {})
 
 
 def _file_record(path: Path, hashes: dict[str, str] | None = None) -> dict[str, Any]:
@@ -267,9 +269,17 @@ def state_of(target: Path, wanted: Manifest, settings: bool = True) -> tuple[str
 def _damage(target: Path, manifest: Manifest) -> str:
     for name, record in manifest.files.items():
         file = target / name
-        if not file.is_file() or file.stat().st_size != record["bytes"]:
+        if not file.is_file() or not _is_recorded(file, record):
             return f"whole, but its {name} has been {'changed' if file.is_file() else 'removed'} since"
     return ""
+
+
+def _is_recorded(file: Path, record: dict[str, Any]) -> bool:
+    """Whether a file has the bytes that its manifest tells of; one that was copied or touched is read."""
+    stat = file.stat()
+    if stat.st_size != record["bytes"] or stat.st_mtime_ns == record["mtime_ns"]:
+        return stat.st_size == record["bytes"]
+    return "sha256" not in record or _sha256_once(file) == record["sha256"]
 
 
 def again(command: str) -> str:
@@ -290,8 +300,17 @@ def _difference(found: Manifest, wanted: Manifest, settings: bool) -> str:
                 if asked
                 else f"from a {role} ({then['path']}) too"
             )
+        if then.get("config") != asked.get("config"):
+            return f"from a {role} with another config.json than that in {asked['path']}"
     new = json.loads(json.dumps(wanted.settings))
     for name in sorted({*found.settings, *new}) if settings else ():
         if found.settings.get(name) != new.get(name):
-            return f"with {name} {found.settings.get(name)}, and {new.get(name)} is asked for"
+            had, wants = (_shortened(one.get(name)) for one in (found.settings, new))
+            return f"with {name} {had}, and {wants} is asked for"
     return ""
+
+
+def _shortened(value: Any) -> str:
+    """A setting as it is told: a whole chat template is not."""
+    said = str(value)
+    return said if len(said) <= 60 else said[:57] + "..."

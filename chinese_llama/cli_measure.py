@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,9 +94,9 @@ def evaluate(
 
     subjects = [*([asked.baseline] if asked.baseline else []), *asked.subjects]
     check(subjects, asked.request)
-    measured = [measure(subject, replace(asked.request, speed=False)) for subject in subjects]
-    if asked.request.speed:
-        for one, decoded in zip(measured, speeds(subjects, asked.request), strict=True):
+    measured = [measure(subject, asked.request) for subject in subjects]
+    if asked.speed:
+        for one, decoded in zip(measured, speeds(subjects, asked.request.texts), strict=True):
             one["speed"] = decoded
     comparisons: list[dict[str, Any]] = []
     sentences = []

@@ -157,6 +157,11 @@ def test_a_result_that_stands_is_kept(tmp_path: Path) -> None:
         ({"command": "other"}, r"by another command \(test\)"),
         ({"inputs": {"base": {"path": "b", "sha256": "2"}}}, "from another base than b"),
         ({"inputs": {}}, r"from a base \(b\) too"),
+        (
+            {"inputs": {"base": {"path": "b", "sha256": "1", "config": "2"}}},
+            r"from a base with another config\.json than that in b",
+        ),
+        ({"settings": {"r": "x" * 99}}, f"with r 8, and {'x' * 57}\\.\\.\\. is asked for"),
         ({"settings": {"r": 16}}, "with r 8, and 16 is asked for"),
         ({"settings": {"r": 8, "s": 1}}, "with s None, and 1 is asked for"),
     ],
@@ -191,9 +196,27 @@ def test_a_result_that_lost_a_file_does_not_stand(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes() + b" ")
     with pytest.raises(OutputExists, match=r"was made whole, but its .* has been changed since"):
         stands(tmp_path / "a", found, force=False)
+    record = found.files[file.name]
+    file.write_bytes(b"?" * record["bytes"])  # the same size: its time tells that it is to be read
+    with pytest.raises(OutputExists, match=r"was made whole, but its .* has been changed since"):
+        stands(tmp_path / "a", found, force=False)
     file.unlink()
     with pytest.raises(OutputExists, match=r"was made whole, but its .* has been removed since"):
         stands(tmp_path / "a", found, force=False)
+
+
+def test_a_result_that_was_copied_stands(tmp_path: Path) -> None:
+    found = artifact(tmp_path / "a")
+    for name in found.files:
+        os.utime(tmp_path / "a" / name, (1, 1))
+    assert stands(tmp_path / "a", found, force=False)
+
+
+def test_the_configuration_of_a_model_is_recorded_beside_its_weights(tmp_path: Path) -> None:
+    shards(tmp_path / "m")
+    weights = input_record(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text("{}")
+    assert input_record(tmp_path / "m") == {**weights, "config": digest(b"{}")}
 
 
 # --- hashes that are known, or remembered

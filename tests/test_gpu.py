@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from chinese_llama.adapt.launch import recipe
+from chinese_llama.evaluate.generate import answer_all, model_input
 from chinese_llama.evaluate.models import Subject
 from chinese_llama.evaluate.run import Request, measure
 from chinese_llama.merging.plan import Step, load
 from chinese_llama.merging.stream import merge
+from chinese_llama.model.load import load_model, load_tokenizer
 from chinese_llama.model.resize import extend_model
 from chinese_llama.train.log import read_log
 from tests import tiny
@@ -87,6 +89,14 @@ def test_scores_are_those_of_the_cpu(extended: Path, work: Path) -> None:
         for place in ("cpu", "cuda")
     ]
     assert figures[1] == pytest.approx(figures[0], rel=1e-3)
+
+
+def test_batched_answers_are_those_given_alone(extended: Path) -> None:
+    """In float32: in bfloat16 a batch may decide a near tie otherwise."""
+    model, tokenizer = load_model(extended, "float32").to("cuda"), load_tokenizer(extended)
+    prompts = [model_input(tokenizer, text) for text in ("The", "中国的首都是哪里", "fox " * 9)]
+    alone = [text for ids in prompts for _, text in answer_all(model, tokenizer, [ids], 12, 0.0, [0])]
+    assert [text for _, text in sorted(answer_all(model, tokenizer, prompts, 12, 0.0, [0] * 3))] == alone
 
 
 def test_the_packed_kernel_agrees_here() -> None:

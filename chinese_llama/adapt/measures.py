@@ -30,7 +30,7 @@ from chinese_llama.evaluate.compare import broken
 from chinese_llama.evaluate.models import check_subject
 from chinese_llama.evaluate.report.page import html
 from chinese_llama.evaluate.report.twin import markdown
-from chinese_llama.evaluate.run import compared, measure
+from chinese_llama.evaluate.run import compared, measure, speeds
 from chinese_llama.progress import say
 from chinese_llama.workspace import Workspace
 
@@ -53,6 +53,11 @@ def evaluated(space: Workspace, force: bool, keep: Keep = True) -> Manifest:
         say(f"measuring: {item.label}")
         asked = subjects.request(space, item.whole, sets)
         figures[item.subject.name] = measure(item.subject, asked, output.with_name(REMEMBERED))
+    if space.settings.eval.speed and sets:
+        whole = [item.subject for item in found if item.whole]
+        decoded = speeds(whole, sets, output.with_name(REMEMBERED))
+        for subject, one in zip(whole, decoded, strict=True):
+            figures[subject.name]["speed"] = one
     told = {
         "title": space.settings.title or f"Adaptation of {Path(space.base()).name}",
         "created": now(),
@@ -96,8 +101,8 @@ def _manifest(space: Workspace, found: list[Measured], sets: dict[str, Path]) ->
 
 
 def _stage(item: Measured, figures: Told) -> Told:
-    told = {key: figures[key] for key in ("texts", "choices", "wikitext", "speed", "device", "dtype")}
-    return {"name": item.subject.name, "label": item.label, **told}
+    told = {key: figures[key] for key in ("texts", "choices", "wikitext", "device", "dtype")}
+    return {"name": item.subject.name, "label": item.label, "speed": figures.get("speed"), **told}
 
 
 def _comparisons(space: Workspace, figures: dict[str, Told]) -> list[Told]:

@@ -68,5 +68,4 @@ def request(space: Workspace, whole: bool, sets: dict[str, Path]) -> Request:
         made.choices = exams(space)
         made.shots = section.shots
         made.wikitext = space.path(section.wikitext) if section.wikitext else None
-        made.speed = section.speed and bool(sets)
     return made

@@ -21,7 +21,7 @@ from chinese_llama.evaluate.models import Subject, check_subject, open_subject
 @dataclass
 class Request:
     """What is measured: `texts` {name: file}, in windows of `window` tokens that move by `stride`; `choices`
-    {exam: place}, with `shots` examples; `wikitext` a file; decoding `speed`, on the text with the most bytes a character: the Chinese one."""
+    {exam: place}, with `shots` examples; `wikitext` a file."""
 
     texts: dict[str, Path] = field(default_factory=dict)
     stride: int | None = None
@@ -29,7 +29,6 @@ class Request:
     choices: dict[str, str] = field(default_factory=dict)
     shots: int = 5
     wikitext: Path | None = None
-    speed: bool = False
 
 
 def check(subjects: Sequence[Subject], request: Request) -> dict[str, list[str]]:
@@ -58,7 +57,7 @@ def check(subjects: Sequence[Subject], request: Request) -> dict[str, list[str]]
 
 def measure(subject: Subject, request: Request, keep: Path | None = None) -> dict[str, Any]:
     """Figures of a model: {"name", "model", "loras", "sha256", "device", "dtype", "texts": {name: figures and
-    "interval"}, "documents": {name: {"nats", "characters", "bytes", "tokens"}}, "choices", "wikitext", "speed"}.
+    "interval"}, "documents": {name: {"nats", "characters", "bytes", "tokens"}}, "choices", "wikitext"}.
 
     With `keep`, a directory, they are remembered there and not measured again while model, adapters, texts and
     request are the same. Raises UserError; it names the text and the document that a model gives no number for.
@@ -78,22 +77,23 @@ def measure(subject: Subject, request: Request, keep: Path | None = None) -> dic
     return named | told
 
 
-def speeds(subjects: Sequence[Subject], request: Request, keep: Path | None = None) -> list[dict[str, Any]]:
-    """Decoding speed of models on the text with the most bytes a character: its name ("text") and what
-    `decoding_speeds` gives. They take turns where the memory holds all of them at once. `keep` as in `measure`."""
+def speeds(
+    subjects: Sequence[Subject], texts: dict[str, Path], keep: Path | None = None
+) -> list[dict[str, Any]]:
+    """Decoding speed of models on the one of `texts` {name: file} with the most bytes a character, the Chinese one: its
+    name ("text") and what `decoding_speeds` gives. They take turns where the memory holds all of them at once. `keep`
+    and what is raised as in `measure`."""
     from chinese_llama.model.load import device, quiet_libraries, resolve_dtype
 
     quiet_libraries()
-    texts, where = (
-        check(subjects, Request(request.texts)),
-        {"device": device(), "dtype": resolve_dtype("auto")},
-    )
+    request, where = Request(texts), {"device": device(), "dtype": resolve_dtype("auto")}
+    found = check(subjects, request)
     groups = [list(subjects)] if _fit(subjects) else [[subject] for subject in subjects]
-    asked = "\n".join(_digest(subject, Request(request.texts, speed=True), where) for subject in subjects)
+    asked = "\n".join(["speeds", *(_digest(subject, request, where) for subject in subjects)])
     told = _kept(
         keep,
         hashlib.sha256(asked.encode()).hexdigest(),
-        lambda: {"speeds": [one for group in groups for one in _speeds(group, texts)]},
+        lambda: {"speeds": [one for group in groups for one in _speeds(group, found)]},
     )
     return list(told["speeds"])
 
@@ -145,11 +145,9 @@ def _in_memory(name: str) -> Iterator[None]:
 def _figures(
     subject: Subject, request: Request, texts: dict[str, list[str]], model: Any, tokenizer: Any
 ) -> dict[str, Any]:
-    told: dict[str, Any] = {"texts": {}, "documents": {}, "choices": [], "wikitext": None, "speed": None}
+    told: dict[str, Any] = {"texts": {}, "documents": {}, "choices": [], "wikitext": None}
     for name, found in texts.items():
         told["texts"][name], told["documents"][name] = _text(subject, request, name, found, model, tokenizer)
-    if request.speed:
-        told["speed"] = _decoded([(model, tokenizer)], texts)[0]
     if request.choices or request.wikitext:
         from chinese_llama.evaluate import choices
 
@@ -221,7 +219,7 @@ def _digest(subject: Subject, request: Request, where: dict[str, str]) -> str:
         },
         "wikitext": identity(request.wikitext) if request.wikitext else None,
         "windows": [request.window, request.stride],
-        "rest": [request.shots, request.speed, where, __version__],
+        "rest": [request.shots, where, __version__],
     }
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 

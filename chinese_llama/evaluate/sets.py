@@ -21,12 +21,13 @@ Given = dict[str, Any]
 @dataclass
 class Asked:
     """What a command line asks for: the subjects, one of which is compared with if `baseline` says so (it is not
-    among them), and by how much the bits per byte of a text may rise over its."""
+    among them), by how much the bits per byte of a text may rise over its, and whether decoding is timed."""
 
     subjects: list[Subject]
     request: Request
     baseline: Subject | None = None
     limits: dict[str, float] = field(default_factory=dict)
+    speed: bool = False
 
 
 def evaluation(space: Workspace | None, given: Given) -> Asked:
@@ -48,7 +49,7 @@ def evaluation(space: Workspace | None, given: Given) -> Asked:
     baseline = _baseline(space, given, subjects, limits)
     if baseline:
         _name_apart(subjects, baseline)
-    return Asked(subjects, request, baseline, limits if baseline else {})
+    return Asked(subjects, request, baseline, limits if baseline else {}, given.get("speed", False))
 
 
 def _check_given(space: Workspace | None, given: Given) -> None:
@@ -70,7 +71,6 @@ def _request(space: Workspace | None, given: Given) -> tuple[Request, bool]:
         stride=given.get("stride", ours.stride),
         window=given.get("window", ours.window),
         shots=given.get("shots", ours.shots),
-        speed=given.get("speed", False),
     )
     own = space is not None and not {"text", "choices", "wikitext"} & set(given)
     if space and own:
@@ -94,7 +94,7 @@ def _request(space: Workspace | None, given: Given) -> tuple[Request, bool]:
         request.choices = dict(_pairs("--choices", exams, "EXAM=DIRECTORY"))
         request.wikitext = given.get("wikitext")
     _check_twice(request.texts)
-    if request.speed and not request.texts:
+    if given.get("speed") and not request.texts:
         raise UserError("--speed decodes the beginning of a text; give --text NAME=FILE too.")
     return request, own
 

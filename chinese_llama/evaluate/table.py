@@ -46,7 +46,7 @@ def told(measured: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any
     parts += [_choices(index, measured) for index in range(len(measured[0]["choices"]))]
     if measured[0]["wikitext"]:
         parts.append(_wikitext(measured))
-    if measured[0]["speed"]:
+    if measured[0].get("speed"):
         parts.append(_speed(measured))
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 

@@ -33,7 +33,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def measured(extended: Path, texts: dict[str, Path]) -> dict[str, Any]:
-    return measure(Subject("ours", str(extended)), Request(texts, speed=True))
+    return measure(Subject("ours", str(extended)), Request(texts))
 
 
 def damaged(base: Path, place: Path, value: float) -> Path:
@@ -47,11 +47,10 @@ def damaged(base: Path, place: Path, value: float) -> Path:
 def test_what_is_told(measured: dict[str, Any], extended: Path) -> None:
     told = json.loads(json.dumps(measured))  # all of it is plain JSON
     assert told == measured
-    keys = "name model loras sha256 device dtype texts documents choices wikitext speed"
+    keys = "name model loras sha256 device dtype texts documents choices wikitext"
     assert list(told) == keys.split()
     assert (told["name"], told["model"], told["loras"]) == ("ours", str(extended), [])
     assert (told["choices"], told["wikitext"]) == ([], None)
-    assert told["speed"]["characters_per_second"] > 0
     zh, counted = told["texts"]["zh"], told["documents"]["zh"]
     assert zh["documents"] == 5 == len(counted["nats"])
     assert zh["bits_per_byte"] == pytest.approx(sum(counted["nats"]) / sum(counted["bytes"]) / math.log(2))
@@ -77,12 +76,12 @@ def test_speeds_are_taken_in_turn_where_the_memory_holds_the_models(
     monkeypatch.setattr(module, "_decoded", lambda m, t: groups.append(len(m)) or decoded(m, t))  # type: ignore[func-returns-value]
     monkeypatch.setattr(speed, "REPEATS", 1)
     models = [Subject("base", str(base)), Subject("ours", str(extended))]
-    told = speeds(models, Request(texts), tmp_path / "keep")
+    told = speeds(models, texts, tmp_path / "keep")
     assert [found["text"] for found in told] == ["zh"] * 2
     assert told[0]["tokens"] > told[1]["tokens"] and told[0]["characters"] == told[1]["characters"]
-    assert speeds(models, Request(texts, stride=5), tmp_path / "keep") == told  # remembered
+    assert speeds(models, texts, tmp_path / "keep") == told  # remembered
     assert groups == ([2] if free else [1, 1])
-    assert speeds(models[1:], Request(texts), tmp_path / "keep") != told[1:]
+    assert speeds(models[1:], texts, tmp_path / "keep") != told[1:]
     assert groups[-1] == 1
 
 

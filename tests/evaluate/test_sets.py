@@ -42,7 +42,7 @@ def test_a_model_and_texts(tmp_path: Path) -> None:
     )
     assert names(asked) == ["merged"] and asked.subjects[0].place == "work/merged"
     assert asked.request.texts == {"zh": Path("a.jsonl"), "en": Path("b=c.txt")}
-    assert (asked.request.stride, asked.request.window, asked.request.speed) == (5, 9, False)
+    assert (asked.request.stride, asked.request.window, asked.speed) == (5, 9, False)
     assert (asked.baseline, asked.limits) == (None, {})
 
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 from chinese_llama.evaluate.report.made import rights
 from chinese_llama.evaluate.report.summary import summary
-from chinese_llama.evaluate.report.values import columns, cut, fixed, mapping, one_line
+from chinese_llama.evaluate.report.values import cut, fixed, mapping, one_line
 from chinese_llama.evaluate.report.view import View, view
+from chinese_llama.evaluate.table import aligned
 
-ACROSS = 3  # figures in a row: 98 columns with the stage
-LABEL, FIGURE, SAID = 32, 28, 400  # columns of a stage's name at most, of a figure; of an answer at most
+WIDE, LABEL, SAID = 98, 32, 400  # columns: of the table, of a stage's name, of an answer, at most
 
 
 def text(told: dict[str, Any]) -> str:
     """The report of `told` (chinese_llama.evaluate.report.view has the schema) in some lines."""
     seen = view(told)
-    lines: list[str] = []
-    figures = iter(_figures(seen))
-    while block := list(islice(figures, ACROSS)):
-        lines += ["", *_table(seen, block)]
+    figures = _figures(seen)
+    rows = [["", *(name for name, _ in figures)]]
+    rows += [
+        [cut(stage.label, LABEL), *(cells[i] for _, cells in figures)] for i, stage in enumerate(seen.stages)
+    ]
+    lines = ["", *aligned(rows, WIDE)] if figures else []
     lines += ["", *(said for _, said in summary(seen).verdict)]
     if right := _right(seen):
         lines += ["", right]
@@ -42,25 +43,11 @@ def _figures(seen: View) -> list[tuple[str, list[str]]]:
         cells = [fixed(one.value) if one else "-" for one in bits]
         if seen.by_character(name):
             tokens = [fixed(stage.tokens_per_character(name)) or "-" for stage in seen.stages]
-            found.append((f"tokens per character ({shown})", tokens))
-            found.append((f"bits per character ({shown})", cells))
+            found.append((f"tokens/character ({shown})", tokens))
+            found.append((f"bits/character ({shown})", cells))
         else:
-            found.append((f"bits per byte ({shown})", cells))
+            found.append((f"bits/byte ({shown})", cells))
     return found
-
-
-def _table(seen: View, block: list[tuple[str, list[str]]]) -> list[str]:
-    labels = [cut(stage.label, LABEL) for stage in seen.stages]
-    side = max(14, *(columns(label) + 2 for label in labels))
-    lines = [" " * side + "".join(_right_aligned(name) for name, _ in block)]
-    for index, label in enumerate(labels):
-        cells = "".join(_right_aligned(cells[index]) for _, cells in block)
-        lines.append(label + " " * (side - columns(label)) + cells)
-    return lines
-
-
-def _right_aligned(cell: str) -> str:
-    return " " * (max(FIGURE, columns(cell) + 2) - columns(cell)) + cell
 
 
 def _right(seen: View) -> str:
