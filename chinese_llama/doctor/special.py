@@ -9,6 +9,7 @@ from typing import Any
 from chinese_llama.doctor.finding import Finding, some
 from chinese_llama.doctor.opened import Opened, vocabulary_of
 from chinese_llama.doctor.raw import json_object
+from chinese_llama.vocab.bytelevel import BETWEEN_DOCUMENTS
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 CONFIG = "tokenizer_config.json"
@@ -109,7 +110,7 @@ def _ends(opened: Opened) -> Iterator[Finding]:
             [f"{CONFIG}: {json.dumps(opened.config.get('eos_token'))}"],
             f'Add "eos_token" to {CONFIG}: the token that ends a text in the vocabulary (LLaMA: "</s>").',
         )  # fmt: skip
-    if auto.bos_token_id is None:
+    if auto.bos_token_id is None and BETWEEN_DOCUMENTS not in auto.get_vocab():
         yield Finding(
             "warning", "no-bos", str(opened.place),
             "No beginning-of-text token (bos) is named; this toolkit's recipes put one before every text, and refuse a "

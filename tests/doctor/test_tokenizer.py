@@ -230,6 +230,14 @@ def test_pad_is_eos_or_unk(copy: Path) -> None:
     assert findings(copy)["pad-is-eos"].severity == "warning"
 
 
+def test_no_bos(copy: Path, tmp_path: Path) -> None:
+    set_config(copy, bos_token=None)
+    assert findings(copy)["no-bos"].severity == "warning"
+    tokenizer = tiny.byte_level()
+    tokenizer.add_special_tokens(["<|endoftext|>"])  # Qwen's: it begins a document here
+    assert "no-bos" not in findings(tiny.write_byte_level(tmp_path / "t", tokenizer, bos_token=None))
+
+
 def test_special_tokens_beyond_the_rows(tmp_path: Path) -> None:
     place = tiny.write_byte_level(tmp_path / "t", tiny.byte_level())
     (place / "config.json").write_text('{"vocab_size": 420}')
@@ -254,24 +262,8 @@ def test_what_is_put_around_prompts(copy: Path) -> None:
 
 def reference(base: Path, directory: Path) -> Path:
     """Chinese pieces appended with score 0, as Chinese-LLaMA has them."""
-    chinese = tiny.chinese_model(
-        [
-            "的河",
-            "中国的",
-            "哈哈",
-            "哈哈哈",
-            "国",
-            "中国",
-            "越来越",
-            "的",
-            "中",
-            "河",
-            "哈",
-            "的首都",
-            "th",
-            "ick",
-        ]
-    )
+    pieces = "的河 中国的 哈哈 哈哈哈 国 中国 越来越 的 中 河 哈 的首都 th ick"
+    chinese = tiny.chinese_model(pieces.split())
     directory.mkdir()
     write_tokenizer(directory, append_missing(read_model(base / "tokenizer.model"), chinese), None)
     return directory
