@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chinese_llama import workspace
-from chinese_llama.commandline import EXAMPLES, Force, note_if_kept, write_json
+from chinese_llama.commandline import EXAMPLES, Force, check_json, note_if_kept, write_json
 from chinese_llama.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def generate(
         )
     if base is not None and loras is None:
         raise UserError("--base is what the adapters of --loras are put on; for a plain model give --model.")
-    place, adapters = _adapted(base, loras, model) if loras else (_place("generate", model), [])
+    place, adapters = _adapted(base, loras, model) if loras is not None else (_place("generate", model), [])
     if prompt is not None:
         from chinese_llama.evaluate.generate import answer
 
@@ -161,6 +161,7 @@ def rate(
     """Vote on the answers of two models, on a page that this machine serves to itself; who won, with an interval."""
     from chinese_llama.evaluate.rating import Votes, serve
 
+    check_json(json_file)
     if not tally:
         serve(directory, port)
     votes = Votes(directory)
@@ -191,6 +192,7 @@ def judge(
     from chinese_llama.evaluate.judge import judge as run
     from chinese_llama.evaluate.judge import sentences
 
+    check_json(json_file)
     key = os.environ.get(key_env, "")
     if not key.strip():
         raise UserError(

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from chinese_llama import workspace
-from chinese_llama.commandline import EXAMPLES, given, write_json
-from chinese_llama.errors import UserError
+from chinese_llama.commandline import EXAMPLES, check_json, given, write_json
 
 app = typer.Typer()
 
@@ -85,19 +84,21 @@ def evaluate(
         model=model, base=base, loras=loras, text=text or None, stride=stride, window=window, baseline=baseline,
         max_regression=max_regression or None, choices=choices or None, shots=shots, wikitext=wikitext, speed=speed or None,
     )  # fmt: skip
+    check_json(json_file)
     asked = evaluation(workspace.find(), options)
-    if json_file and not (json_file.absolute().parent.is_dir() and not json_file.is_dir()):
-        raise UserError(f"--json {json_file} cannot be written; give a file in a directory that exists.")
     from chinese_llama.evaluate.compare import broken
     from chinese_llama.evaluate.run import check, compared, measure, speeds
     from chinese_llama.evaluate.table import told
 
     subjects = [*([asked.baseline] if asked.baseline else []), *asked.subjects]
     check(subjects, asked.request)
-    measured = [measure(subject, asked.request) for subject in subjects]
-    if asked.speed:
-        for one, decoded in zip(measured, speeds(subjects, asked.request.texts), strict=True):
-            one["speed"] = decoded
+    decoded = (
+        speeds(subjects, asked.request.texts) if asked.speed else [None] * len(subjects)
+    )  # it is soon told
+    measured = [
+        {**measure(subject, asked.request), "speed": speed}
+        for subject, speed in zip(subjects, decoded, strict=True)
+    ]
     comparisons: list[dict[str, Any]] = []
     sentences = []
     for one in measured[1:] if asked.baseline else []:

@@ -12,6 +12,7 @@ from chinese_llama.commandline import (
     Base,
     Force,
     Output,
+    check_json,
     given,
     note_if_kept,
     workspace_for,
@@ -127,9 +128,9 @@ def audit_vocab(
     from chinese_llama.directories import write_text
     from chinese_llama.vocab import audit, report
 
+    check_json(json_file)
     told = audit.audit_vocab(tokenizer, corpus, base)
     typer.echo(f"{tokenizer}: {report.summary(told)}")
     if page:
         write_text(page, report.markdown(told, report.hidden_size(base) if base else None))
-    if json_file:
-        write_json(json_file, told)
+    write_json(json_file, told)

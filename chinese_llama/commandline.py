@@ -13,6 +13,7 @@ import typer
 
 from chinese_llama import workspace
 from chinese_llama.artifacts import now, read_manifest
+from chinese_llama.errors import UserError
 from chinese_llama.progress import say
 
 STARTED = now()
@@ -53,6 +54,12 @@ def note_if_kept(directory: Path) -> None:
     manifest = read_manifest(directory)
     if manifest and manifest.created < STARTED:
         say(f"{directory} stands: made {manifest.created} from the same inputs; --force makes it again.")
+
+
+def check_json(file: Path | None) -> None:
+    """Raise UserError, before any work, for a --json that `write_json` cannot write."""
+    if file and not (file.absolute().parent.is_dir() and not file.is_dir()):
+        raise UserError(f"--json {file} cannot be written; give a file in a directory that exists.")
 
 
 def write_json(file: Path | None, content: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import chinese_llama  # noqa: F401 (sets how torch's threads wait, before torch 
 from tests import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is ignored
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +135,27 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert test_errors.tree(tmp_path) == before
 
 
+def test_an_empty_list_of_adapters_is_not_the_merged_model(run: Run, base: Path, tmp_path: Path) -> None:
+    (tmp_path / workspace.FILE).write_text("base: x\n")
+    shutil.copytree(base, tmp_path / "work" / "merged")
+    told = sentence(run("generate", "--prompt", "x", "--base", base, "--loras", ""))
+    assert told.startswith("--loras '': an item is empty; write names or directories with commas")
+
+
 # --- rate
+
+
+@pytest.mark.parametrize("place", ["no/f.json", "."])
+def test_figures_that_cannot_be_written_are_told_before_the_work(
+    place: str, run: Run, answers: Path, key: str
+) -> None:
+    wanted = f"--json {place} cannot be written; give a file in a directory that exists."
+    with serving(says('{"better": 1}')) as server:
+        assert wanted in sentence(judged(run, server.url, key, "--json", place))
+        assert server.asked == []
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # or it would wait for votes
+        port = taken.getsockname()[1]
+        assert wanted in sentence(run("rate", "out", "--port", port, "--json", place))
 
 
 def test_the_tally_names_the_models(run: Run, answers: Path) -> None:

@@ -16,7 +16,7 @@ RECIPES = shipped("recipes")
 # Lowest first. A module imports from lower layers and from its own group, never from a neighbour.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("",),  # chinese_llama/__init__.py: the version
-    ("errors", "resources", "progress"),
+    ("errors", "resources", "progress", "terminal"),
     ("config", "directories", "hub"),
     ("artifacts",),
     ("workspace",),
@@ -46,6 +46,7 @@ LIGHT = (
     "hub",
     "resources",
     "progress",
+    "terminal",
     "merging.registry",
     "merging.adapter",
     "merging.lineage",

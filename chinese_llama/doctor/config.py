@@ -329,7 +329,7 @@ def _buffers(where: str, config: dict[str, Any], source: Named) -> Iterator[Find
 
 def _dtypes(where: str, config: dict[str, Any], source: Named) -> Iterator[Finding]:
     counts: dict[str, int] = {}
-    for name in source:
+    for name in [name for name in source if name.endswith("weight")]:  # GPTQ's qweight too, but no masks
         shape, dtype = source.meta(name)
         if len(shape) > 1 and not (config.get("quantization_config") and not dtype.is_floating_point):
             counts[str(dtype).removeprefix("torch.")] = counts.get(str(dtype).removeprefix("torch."), 0) + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import textwrap
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,6 +21,7 @@ from chinese_llama.doctor.things import Thing, recognise
 from chinese_llama.errors import UserError, printable
 from chinese_llama.hub import is_hub_id
 from chinese_llama.progress import say
+from chinese_llama.terminal import columns
 from chinese_llama.workspace import FILE, Workspace
 
 SEVERITIES = ("error", "warning", "note")
@@ -28,6 +29,8 @@ COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 INSIDE = 20  # things in a directory that are looked at
 MODELS = ("model", "meta checkpoint")
 ONCE = ("pad-is-unk",)  # said once, however often it is so
+WIDE = "\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\U00020000-\U0003ffff"
+PIECE = re.compile(rf"\s*(?:[{WIDE}]|[^\s{WIDE}]+)")  # before and after a Chinese character a line may end
 
 
 @dataclass
@@ -284,12 +287,17 @@ def _told(same: list[Finding], width: int | None) -> list[str]:
 
 
 def _wrapped(line: str, indent: int, hang: int, width: int | None) -> list[str]:
-    """A line, indented, in as many as it takes; those that follow by `hang`. Words, and so paths, stay whole."""
+    """A line, indented, in as many as it takes; those that follow by `hang`. Words and paths stay whole."""
     if width is None:
         return [" " * indent + line]
-    margins = {"initial_indent": " " * indent, "subsequent_indent": " " * hang}
-    whole = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
-    return textwrap.wrap(line, max(width, 40), **margins, **whole, expand_tabs=False)  # type: ignore[arg-type]
+    lines = [" " * indent]
+    for word in re.findall(r"\s*\S+", line):
+        for piece in [word] if "/" in word else PIECE.findall(word):
+            if lines[-1].strip() and columns(lines[-1] + piece) > max(width, 40):
+                lines.append(" " * hang + piece.lstrip())
+            else:
+                lines[-1] += piece
+    return lines
 
 
 def _closing(report: Report) -> str:

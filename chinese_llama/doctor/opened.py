@@ -174,7 +174,8 @@ def _words(error: Exception) -> str:
 
 
 def config_problem(place: Path) -> Finding | None:
-    """Why transformers does not load the config.json in a directory; None where it does, or there is none."""
+    """Why transformers does not load the config.json in a directory; None where it does, there is none, or it is
+    that of a model with its own code, which is not run here."""
     from chinese_llama.model.load import quiet_libraries
 
     file, found = place / "config.json", list[Finding]()
@@ -186,6 +187,8 @@ def config_problem(place: Path) -> Finding | None:
     try:
         AutoConfig.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
+        if "trust_remote_code" in str(error):
+            return None  # the value is no wrong one; a tokenizer with its own code is told of as such
         return Finding(
             "error", "config-field-wrong", str(file),
             "config.json holds a value that transformers refuses, so that neither model nor tokenizer load.",

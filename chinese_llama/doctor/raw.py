@@ -20,6 +20,7 @@ HEAD = 1 << 18  # bytes that are looked at
 POINTER = b"version https://git-lfs"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 # what browsers, curl, wget, hf and aria2 call, or put beside, a file that they have not whole yet
 UNFINISHED = (".part", ".partial", ".crdownload", ".download", ".incomplete", ".aria2")
+HF = ".cache/huggingface/download"  # where `hf download --local-dir` keeps them, below the directory
 MAGIC = {
     b"\x1f\x8b": "gzip (.gz)",
     b"\x28\xb5\x2f\xfd": "Zstandard (.zst)",
@@ -70,8 +71,9 @@ def broken(file: Path) -> Finding | None:
 
 def unfinished(path: Path) -> Iterator[Finding]:
     """Downloads in a directory, or the file, that were broken off."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    names = [file.name for file in files if file.suffix in UNFINISHED]
+    top = path if path.is_dir() else path.parent
+    files = [*top.iterdir(), *(top / HF).rglob("*")] if path.is_dir() else [path]
+    names = sorted(str(file.relative_to(top)) for file in files if file.suffix in UNFINISHED)
     if names:
         # aria2 reserves the whole file at once: what lies beside its .aria2 has its size, and holes
         grave = path.is_file() or any(name.endswith(".aria2") for name in names)

@@ -171,20 +171,24 @@ def _beyond(opened: Opened, unknown: dict[str, str]) -> Iterator[Finding]:
 
 def _generation(opened: Opened) -> Iterator[Finding]:
     """Whether the model beside the tokenizer begins and ends texts with the tokenizer's tokens; there may be several
-    ends."""
-    lines = []
-    for file in ("config.json", "generation_config.json"):
-        content = json_object(opened.place / file, [])
-        for role in ("bos_token", "eos_token"):
-            own, said = getattr(opened.auto, f"{role}_id"), content.get(f"{role}_id")
-            if None not in (own, said) and own not in (said if isinstance(said, list) else [said]):
-                name = getattr(opened.auto, role)
-                lines.append(f"{file}: {role}_id {said}; the tokenizer's {name!r} is {own}")
+    ends. What generation_config.json says goes before config.json."""
+    lines = {}
+    contents = {
+        file: json_object(opened.place / file, []) for file in ("generation_config.json", "config.json")
+    }
+    for role in ("eos_token", "bos_token"):
+        key, own = f"{role}_id", getattr(opened.auto, f"{role}_id")
+        file = next((file for file, content in contents.items() if content.get(key) is not None), None)
+        said = contents[file][key] if file else own
+        if own is not None and own not in (said if isinstance(said, list) else [said]):
+            lines[role] = f"{file}: {key} {said}; the tokenizer's {getattr(opened.auto, role)!r} is {own}"
     if lines:
         yield Finding(
             "warning", "special-ids-differ", str(opened.place),
-            "The model names other control tokens than the tokenizer: generation does not stop, or stops at once.",
-            lines,
+            "The model names other control tokens than the tokenizer: "
+            + ("generation does not stop, or stops at once." if "eos_token" in lines
+               else "texts may begin with another token than in training."),
+            [*lines.values()],
             "Set the ids in config.json and generation_config.json to the tokenizer's (several ends as a list).",
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -29,10 +30,10 @@ from chinese_llama.model.adapters import Tensors, whole_rows
 from chinese_llama.model.shards import Model, blocks
 
 LAYER = re.compile(r"layers\.(\d+)\.")
-UNTIE = (
-    'Untie the base: python -c "import torch; from transformers import AutoModelForCausalLM as A; '
-    "m = A.from_pretrained('BASE'); m.lm_head.weight = torch.nn.Parameter(m.lm_head.weight.clone()); "
-    "m.config.tie_word_embeddings = False; m.save_pretrained('untied')\"; or train with ensure_weight_tying."
+UNTIE = (  # BASE becomes a string of Python; in double quotes, so that those of the shell stay single
+    "import torch; from transformers import AutoModelForCausalLM as A; "
+    "m = A.from_pretrained(BASE); m.lm_head.weight = torch.nn.Parameter(m.lm_head.weight.clone()); "
+    'm.config.tie_word_embeddings = False; m.save_pretrained("untied")'
 )
 # what the sentences of lineage and fit are about -> the check, and what to do where they do not say it
 TOLD = (
@@ -48,7 +49,7 @@ TOLD = (
     ("must be merged", "adapters-out-of-order", "Merge in that order."),
     ("must come first", "adapters-out-of-order", "Merge in that order."),
     ("must grow to", "rows-missing", "Give the extended base (chinese-llama extend-model) as the base."),
-    ("tie", "adapter-on-tied-base", UNTIE),
+    ("tie", "adapter-on-tied-base", ""),  # _untie
     ("does not have", "adapter-of-another-base", "Give the base that the adapter was trained on."),
     ("the base (", "adapter-of-another-base", "Give the base that the adapter was trained on."),
     ("the base [", "adapter-of-another-base", "Give the base that the adapter was trained on."),
@@ -258,8 +259,16 @@ def _told(sentence: str, adapters: list[Adapter], base: Thing) -> Finding:
     for place in sorted([base.path, *(adapter.path for adapter in adapters)], key=lambda p: -len(str(p))):
         bare = bare.replace(str(place), "") if "/" in str(place) else bare  # else a word like "base" would go
     check, remedy = next((check, remedy) for sign, check, remedy in TOLD if sign in bare)
-    remedy = remedy.replace("'BASE'", repr(str(base.path)))
+    remedy = remedy or _untie(base.path)
     return Finding("error", check, str(adapters[-1].path), sentence, [f"base: {base.path}"], remedy)
+
+
+def _untie(base: Path) -> str:
+    program = UNTIE.replace("BASE", json.dumps(str(base), ensure_ascii=False))
+    return (
+        f"Untie the base: python -c {shlex.quote(program)} ; then copy the tokenizer's files from {base} into "
+        "untied. Or train with ensure_weight_tying."
+    )
 
 
 def _overflow(source: Model, loaded: list[Loaded], base: Thing) -> Iterator[Finding]:

@@ -96,8 +96,9 @@ def window_nats(model: Any, batch: list[Window], filler: int) -> list[float]:
     )
     scored = ((places >= starts) & (places < ends)).to(model.device)
     ids = ids.to(model.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=longest - first).logits
-    logits, wanted = logits[:, first - longest : -1], ids[:, first + 1 :]
+    # The last id is only asked for: with it, a window of one token more than the model reads would be too long.
+    logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=longest - 1 - first).logits
+    logits, wanted = logits[:, first + 1 - longest :], ids[:, first + 1 :]
     nats = torch.zeros(len(batch), dtype=torch.float64, device=model.device)
     step = max(1, CHUNK // len(batch))
     for start in range(0, longest - first - 1, step):

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from chinese_llama.data.formats import corpus_files, documents, records
+from chinese_llama.data.formats import corpus_files, documents, file_documents, records
 from chinese_llama.data.templates import text_ids
 from chinese_llama.errors import BadFile, UserError
 from chinese_llama.evaluate.exams import LETTERS, Exam, Questions, find_exam, read_exam
@@ -213,14 +213,20 @@ def wikitext(model: Any, tokenizer: Any, path: Path) -> dict[str, Any]:
 
 
 def _articles(path: Path) -> list[str]:
-    """The documents in `path`. WikiText itself, which is published line by line, is put together to articles as
-    the harness has it (https://huggingface.co/datasets/EleutherAI/wikitext_document_level)."""
-    texts = list(documents(path))
-    if not any(map(_begins_article, texts)):
-        return texts
-    found = [record for file in corpus_files(path) for _, record in records(file)]
+    """The documents in `path`. A file that begins with a title is WikiText itself, which is published line by line: it
+    is put together to articles as the harness has it
+    (https://huggingface.co/datasets/EleutherAI/wikitext_document_level)."""
+    next(documents(path))  # which there must be
+    found: list[str] = []
+    for file in corpus_files(path):
+        texts = list(file_documents(file))
+        found += _put_together(file) if texts and _begins_article(texts[0]) else texts
+    return found
+
+
+def _put_together(file: Path) -> list[str]:
     articles: list[list[str]] = [[]]
-    for line in (record if isinstance(record, str) else record["text"] for record in found):
+    for line in (one if isinstance(one, str) else one["text"] for _, one in records(file)):
         if _begins_article(line):
             articles.append([])
         articles[-1].append(line.removesuffix("\n"))

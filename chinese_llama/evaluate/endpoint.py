@@ -81,7 +81,8 @@ class Endpoint:
         self._own_temperature = False  # models that think take no other
 
     def ask(self, messages: list[dict[str, str]]) -> str:
-        """The answer to `messages`, at temperature 0 where the model takes that; "" where it holds no text.
+        """The answer to `messages`, at temperature 0 where the model takes that; "" where it holds no text. It is as
+        it came: what is kept or shown of it goes through `masked`.
 
         Raises Refused where this request is not taken, and UserError where none will be: a wrong URL or key, no
         endpoint, or a fault that the tries have not outlasted.
@@ -93,15 +94,19 @@ class Endpoint:
             except Refused as error:
                 if "temperature" not in str(error):
                     raise
-                self._own_temperature = True
-        return self._tried(request)
+        said = self._tried(request)
+        self._own_temperature = True  # not before: a refusal may quote a prompt that holds the word
+        return said
+
+    def masked(self, text: str) -> str:
+        """A text without the key."""
+        return text.replace(self._key, "***")
 
     def _tried(self, request: dict[str, Any]) -> str:
         body = json.dumps(request).encode()
         for tried in range(self.retries + 1):
             try:
-                said = _text(self._safe, self.shown, _within(self.timeout, lambda: self._post(body)))
-                return said.replace(self._key, "***")
+                return _text(self._safe, self.shown, _within(self.timeout, lambda: self._post(body)))
             except _Passing as error:
                 if tried == self.retries:
                     tries = f" ({tried + 1} tries)" if tried else ""
@@ -159,9 +164,7 @@ class Endpoint:
 
     def _safe(self, text: str) -> str:
         """A line of what the endpoint says, without the key."""
-        line = " ".join(
-            "".join(c if c.isprintable() else " " for c in text.replace(self._key, "***")).split()
-        )
+        line = " ".join("".join(c if c.isprintable() else " " for c in self.masked(text)).split())
         return (line if len(line) <= 200 else line[:200] + " ...").rstrip(".")
 
 

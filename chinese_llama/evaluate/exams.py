@@ -12,7 +12,7 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,13 +147,26 @@ def _files(exam: Exam, root: Folder, split: str) -> dict[str, Folder]:
         kinds = "|".join(KINDS if isinstance(folder, Path) else KINDS[:1])
         named = re.compile(rf"([^.].*?)(?:{ending})?\.(?:{kinds})")
         found = ((named.fullmatch(file.name), file) for file in folder.iterdir())
-        return {name[1]: file for name, file in found if name}
+        return _by_subject((name[1], file) for name, file in found if name)
     if not isinstance(root, Path):
         return {}
     below = [root.glob(f"*/{split}{rest}.{kind}") for kind in KINDS for rest in ("", "-*", "/[0-9]*")]
-    return {
-        file.relative_to(root).parts[0]: file for file in sorted(file for found in below for file in found)
-    }
+    files = [(file.relative_to(root).parts[0], file) for found in below for file in found]
+    if not any(subject in exam.subjects for subject, _ in files):  # folders of other data, beside the exam's
+        return {}
+    return _by_subject(files)
+
+
+def _by_subject(files: Iterable[tuple[str, Folder]]) -> dict[str, Folder]:
+    found: dict[str, Folder] = {}
+    for subject, file in sorted(files, key=str):
+        if subject in found:
+            raise BadFile(
+                str(file),
+                f"is a second file of {subject!r}, beside {found[subject]}; keep one, or put them together.",
+            )
+        found[subject] = file
+    return found
 
 
 def _read(file: Folder) -> list[Question]:
@@ -213,6 +226,8 @@ def _question(file: str, line: int | None, row: Any) -> Question:
     found = {name: by_name[name.lower()] for name in COLUMNS}
     texts = {name: "" if value is None else str(value) for name, value in found.items()}
     texts["answer"] = texts["answer"].strip().upper()
+    if not texts["question"].strip():
+        raise BadFile(file, "the question is empty.", line)
     if texts["answer"] not in LETTERS:
         raise BadFile(file, f"the answer is {texts['answer']!r}, not one of A, B, C, D.", line)
     return Question({name: valid_unicode(Path(file), line, text) for name, text in texts.items()}, file, line)

@@ -10,7 +10,9 @@ import torch
 from chinese_llama.data.templates import prompt_ids, stop_ids, text_ids
 from chinese_llama.errors import UserError
 
-BATCH_TOKENS = 8192  # that a batch may come to with its answers: 4 GiB of keys and values at 7B in bfloat16
+# Tokens that a batch may come to with its answers: 4 GiB of keys and values at 7B in bfloat16 on a GPU, and 1 GiB
+# in float32 on a CPU, where memory that is too small ends the program.
+BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 1024
 
 
 def chat_template(tokenizer: Any) -> str | None:
@@ -126,15 +128,20 @@ def answer_all(
     max_new_tokens: int,
     temperature: float,
     seeds: Sequence[int],
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(number from 0, answer) of each of `prompts` (ids), as `answer` has it, in the order in which they end.
 
-    Batches are of about equal length, the longest first, of `batch_tokens` with the longest answers, or one prompt;
-    smaller ones follow where a GPU's memory does not hold that. In float32 an answer is the one that is given alone;
-    in bfloat16 it may differ where two tokens are about as likely. Raises UserError as `steps`, and where memory does
-    not hold one prompt.
+    Batches are of about equal length, the longest first, of `batch_tokens` (what the device suits) with the longest
+    answers, or one prompt; ones half as large follow where a GPU's memory does not hold that. In float32 an answer is
+    the one that is given alone; in bfloat16 it may differ where two tokens are about as likely. Raises UserError as
+    `steps`, and where memory does not hold one prompt.
     """
+    if batch_tokens is None:
+        batch_tokens = BATCH_TOKENS if model.device.type == "cuda" else CPU_BATCH_TOKENS
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # its frequencies are those of a batch's longest row
+        batch_tokens = 1
     todo = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
     while todo:
         count = max(1, batch_tokens // (len(prompts[todo[0]]) + max_new_tokens))
@@ -153,7 +160,8 @@ def answer_all(
                     f"The GPU's memory does not hold the model and a prompt of {len(ids[0]):,} tokens with its answer; free "
                     "some, give a smaller --max-new-tokens, or use the CPU (CUDA_VISIBLE_DEVICES=)."
                 ) from error
-            batch_tokens, todo = batch_tokens // 2, [batch[row] for row in new] + todo
+            batch_tokens = len(batch) * (len(ids[0]) + max_new_tokens) // 2
+            todo = [batch[row] for row in new] + todo
             continue
         for row, found in new.items():
             yield batch[row], _text(tokenizer, found)

@@ -181,7 +181,7 @@ class Loaded(LM):
         """For each text: its log-probability after bos, in the harness's windows, of which none but the last of a
         text overlaps with another. Raises NotFinite."""
         length = window_length(self.limit)  # of what is read: the last id of a window is only asked for
-        texts = Windows(length + 1, length)
+        texts = Windows(length, length)
         for number, request in enumerate(requests):
             ids = text_ids(self.tokenizer, request.args[0])
             texts.tokens.append(len(ids))

@@ -243,13 +243,14 @@ def _ask(task: Task, endpoint: Endpoint) -> dict[str, Any] | str:
             return str(error)
         result = verdict(said, task.order)
         if result is not None:
-            return {**result, "said": said[:KEPT]}
+            return {**result, "said": endpoint.masked(said)[:KEPT]}
         messages = [
             *task.messages(),
             {"role": "assistant", "content": said[:KEPT] or "-"},
             {"role": "user", "content": AGAIN},
         ]
-    return f"gives no verdict that can be read (last: {' '.join(said[:80].split()) or 'nothing'!r})"
+    last = " ".join(endpoint.masked(said)[:80].split())
+    return f"gives no verdict that can be read (last: {last or 'nothing'!r})"
 
 
 def pairs(answers: Sequence[Answered], labels: Sequence[str], known: Known) -> dict[str, Any]:

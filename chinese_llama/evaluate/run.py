@@ -46,9 +46,9 @@ def check(subjects: Sequence[Subject], request: Request) -> dict[str, list[str]]
         from chinese_llama.evaluate import choices
         from chinese_llama.model.load import load_tokenizer
 
-        for exam, place in request.choices.items():
-            for subject in subjects:
-                tokenizer = load_tokenizer(subject.tokenizer or subject.directory)
+        for subject in subjects if request.choices else ():
+            tokenizer = load_tokenizer(subject.tokenizer or subject.directory)
+            for exam, place in request.choices.items():
                 choices.check_fits(exam, place, request.shots, tokenizer, subject.context)
         if request.wikitext:
             choices.check_wikitext(request.wikitext)
@@ -99,7 +99,7 @@ def speeds(
 
 
 def _speeds(subjects: Sequence[Subject], texts: dict[str, list[str]]) -> list[dict[str, Any]]:
-    with _in_memory(" and ".join(subject.name for subject in subjects)):
+    with _in_memory(" and ".join(subject.name for subject in subjects), "free some memory"):
         return _decoded([open_subject(subject) for subject in subjects], texts)
 
 
@@ -123,13 +123,13 @@ def compared(measured: dict[str, Any], baseline: dict[str, Any]) -> dict[str, di
 
 
 def _measured(subject: Subject, request: Request, texts: dict[str, list[str]]) -> dict[str, Any]:
-    with _in_memory(subject.name):
+    with _in_memory(subject.name, "give a smaller --window, free some memory"):
         model, tokenizer = open_subject(subject)
         return _figures(subject, request, texts, model, tokenizer)
 
 
 @contextlib.contextmanager
-def _in_memory(name: str) -> Iterator[None]:
+def _in_memory(name: str, remedy: str) -> Iterator[None]:
     """Raise UserError where the GPU has too little memory for what is done with a model."""
     import torch
 
@@ -137,8 +137,7 @@ def _in_memory(name: str) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
-            f"{name} does not fit into the GPU's memory; give a smaller --window, free some memory, or use the CPU "
-            "(CUDA_VISIBLE_DEVICES=)."
+            f"{name} does not fit into the GPU's memory; {remedy}, or use the CPU (CUDA_VISIBLE_DEVICES=)."
         ) from error
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chinese_llama.evaluate.compare import FEW, LEVEL
-from chinese_llama.evaluate.report.values import columns
+from chinese_llama.terminal import columns
 
 WIDE = 80  # columns of a terminal
 WIDTH = 16  # of a name
@@ -38,7 +38,11 @@ def aligned(rows: Sequence[Sequence[str]], wide: int = WIDE) -> list[str]:
 
 def told(measured: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> str:
     """The figures of models (see `run.measure`), the baseline first, and of their comparisons with it."""
-    parts = [_legend(measured)]
+    names = _short([m["name"] for m in measured])
+    parts = [_legend(measured, names)]
+    called = {m["name"]: name for m, name in zip(measured, names, strict=True)}
+    measured = [{**m, "name": called[m["name"]]} for m in measured]
+    comparisons = [{**c, "stage": called[c["stage"]], "baseline": called[c["baseline"]]} for c in comparisons]
     for name in measured[0]["texts"]:
         parts.append(_text(name, measured, [c for c in comparisons if name in c["texts"]]))
     if measured[0]["texts"]:
@@ -46,25 +50,31 @@ def told(measured: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any
     parts += [_choices(index, measured) for index in range(len(measured[0]["choices"]))]
     if measured[0]["wikitext"]:
         parts.append(_wikitext(measured))
-    if measured[0].get("speed"):
+    if measured[0]["speed"]:
         parts.append(_speed(measured))
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
-def _legend(measured: Sequence[dict[str, Any]]) -> list[str]:
-    """Which model a name that was cut stands for."""
-    cut = any(m["name"] != m["model"] or columns(m["name"]) > WIDTH for m in measured)
-    names = [cut_name(m["name"]) for m in measured] if cut else []
-    pad = max(map(columns, names), default=0) + 2
+def _short(names: Sequence[str]) -> list[str]:
+    """Names that fit their column, letters where those would be alike."""
+    short = [_cut(name) for name in names]
+    return short if len(set(short)) == len(short) else [chr(ord("A") + i) for i in range(len(short))]
+
+
+def _legend(measured: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """Which model a name stands for, where it is not the model's place itself."""
+    if all(name == m["model"] for name, m in zip(names, measured, strict=True)):
+        return []
+    pad = max(map(columns, names)) + 2
     return [
         " + ".join([name + " " * (pad - columns(name)) + m["model"], *m["loras"]])
-        for name, m in zip(names, measured, strict=False)
+        for name, m in zip(names, measured, strict=True)
     ]
 
 
 def _text(name: str, measured: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> list[str]:
     first = measured[0]["texts"][name]
-    rows = [_figures(cut_name(m["name"]), m["texts"][name]) for m in measured]
+    rows = [_figures(m["name"], m["texts"][name]) for m in measured]
     return [
         f"{name}: {_count(first['documents'])}, {first['characters']:,} characters, {first['bytes']:,} bytes",
         *aligned([*TITLES, *rows]),
@@ -94,12 +104,12 @@ def _changes(name: str, comparisons: Sequence[dict[str, Any]]) -> list[str]:
     rows = [["", "change", f"{SURE} interval", "verdict", *(["limit"] if limit else [])]]
     for c in comparisons:
         found, ends = c["texts"][name], c["texts"][name]["interval"]
-        row = [cut_name(c["stage"]), f"{_percent(found['difference'])} %"]
+        row = [c["stage"], f"{_percent(found['difference'])} %"]
         row += [" to ".join(map(_percent, ends)) if ends else "", found["verdict"]]
         if limit:
             row.append(f"{'over' if name in c['broken'] else 'within'} {100 * c['limits'][name]:.3g} %")
         rows.append(row)
-    return [f"Bits against {cut_name(comparisons[0]['baseline'])}:", *aligned(rows)]
+    return [f"Bits against {comparisons[0]['baseline']}:", *aligned(rows)]
 
 
 def _remarks(name: str, measured: Sequence[dict[str, Any]]) -> list[str]:
@@ -108,9 +118,9 @@ def _remarks(name: str, measured: Sequence[dict[str, Any]]) -> list[str]:
     for model in measured:
         found = model["texts"][name]
         if found["unknown"]:
-            share = found["unknown"] / found["tokens"]
             lines.append(
-                f"{cut_name(model['name'])}: {share:.1%} of the tokens are unknown; what they hide costs no bits."
+                f"{model['name']}: {found['unknown']:,} of {found['tokens']:,} tokens are unknown; what they hide costs "
+                "no bits."
             )
     documents = measured[0]["texts"][name]["documents"]
     if 1 < documents < FEW:
@@ -124,7 +134,7 @@ def _windows(measured: Sequence[dict[str, Any]]) -> list[str]:
     for model in measured:
         found = next(iter(model["texts"].values()))
         said = f"Windows of {found['window']:,} tokens, stride {found['stride']:,}"
-        seen.setdefault(said, []).append(cut_name(model["name"]))
+        seen.setdefault(said, []).append(model["name"])
     lines = [
         f"{said} ({', '.join(models)})." if len(seen) > 1 else f"{said}." for said, models in seen.items()
     ]
@@ -145,7 +155,7 @@ def _choices(index: int, measured: Sequence[dict[str, Any]]) -> list[str]:
     """An exam: the average over subjects, and the categories; a column for each model."""
     exams = [model["choices"][index] for model in measured]
     first = exams[0]
-    rows = [["", *(cut_name(model["name"]) for model in measured)]]
+    rows = [["", *(model["name"] for model in measured)]]
     rows.append(["average", *(_share(exam["average"]) for exam in exams)])
     rows += [[part, *(_share(exam["categories"][part]) for exam in exams)] for part in first["categories"]]
     title = (
@@ -163,22 +173,18 @@ def _wikitext(measured: Sequence[dict[str, Any]]) -> list[str]:
     rows = [["", "per word", "per byte"]]
     for model in measured:
         found = model["wikitext"]
-        rows.append(
-            [cut_name(model["name"]), f"{found['word_perplexity']:.2f}", f"{found['byte_perplexity']:.3f}"]
-        )
+        rows.append([model["name"], f"{found['word_perplexity']:.2f}", f"{found['byte_perplexity']:.3f}"])
     return ["WikiText: perplexity", *aligned(rows)]
 
 
 def _speed(measured: Sequence[dict[str, Any]]) -> list[str]:
     first = measured[0]["speed"]
-    rows = [
-        ["", "characters/s", "tokens/s", f"times {cut_name(measured[0]['name'])}"][: 3 + (len(measured) > 1)]
-    ]
+    rows = [["", "characters/s", "tokens/s", f"times {measured[0]['name']}"][: 3 + (len(measured) > 1)]]
     for model in measured:
         speed = model["speed"]
         times = speed["characters_per_second"] / first["characters_per_second"]
         row = [f"{speed['characters_per_second']:,.1f}", f"{speed['tokens_per_second']:,.1f}", f"{times:.2f}"]
-        rows.append([cut_name(model["name"]), *row][: len(rows[0])])
+        rows.append([model["name"], *row][: len(rows[0])])
     return [
         f"Decoding {first['characters']:,} characters of {first['text']} on {first['device']} in {first['dtype']} "
         f"({first['repeats']} runs)",
@@ -190,7 +196,7 @@ def _count(documents: int) -> str:
     return f"{documents:,} document{'' if documents == 1 else 's'}"
 
 
-def cut_name(name: str) -> str:
+def _cut(name: str) -> str:
     """A name that fits its column: the end of a path tells more than its beginning."""
     if columns(name) <= WIDTH:
         return name

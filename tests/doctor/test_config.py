@@ -111,6 +111,13 @@ def test_whole_numbers_without_their_scales(model: Path) -> None:
     assert found(model) == {"dtype-of-whole-numbers": "error"}
 
 
+def test_masks_are_no_weights(model: Path) -> None:
+    """Older exports hold those of GPT-2's attention."""
+    set_json(model / "config.json", model_type="gpt2")
+    set_tensors(model / FILE, {"h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)})
+    assert found(model) == {}
+
+
 def test_an_output_that_was_tied(model: Path) -> None:
     change(
         model / FILE, "lm_head.weight", lambda _: load_file(model / FILE)["model.embed_tokens.weight"].clone()

@@ -16,6 +16,8 @@ from chinese_llama.doctor.examine import Report, as_json, examine, text
 from chinese_llama.doctor.finding import Finding
 from chinese_llama.doctor.things import Thing
 from chinese_llama.errors import UserError
+from chinese_llama.terminal import columns
+from tests.doctor.broken import copied, set_json
 
 
 def checks(*paths: Path) -> dict[str, Finding]:
@@ -77,6 +79,19 @@ def test_a_directory_of_things_stands_for_them(tokenizer: Path, chinese_sp: Path
     shutil.copytree(tokenizer, tmp_path / "all" / "one")
     shutil.copytree(tokenizer, tmp_path / "all" / "two")
     assert [thing.path.name for thing in examine([tmp_path / "all"]).things] == ["one", "two"]
+
+
+def test_a_model_with_its_own_code(base: Path, tmp_path: Path) -> None:
+    """As Baichuan is published: no value of its config.json is wrong."""
+    place = copied(base, tmp_path / "baichuan")
+    (place / "tokenizer.json").unlink()
+    own = {"AutoConfig": "configuration_baichuan.BaichuanConfig"}
+    set_json(place / "config.json", model_type="baichuan", auto_map=own)
+    assert "config-field-wrong" not in checks(place)
+    own = {"AutoTokenizer": ["tokenization_baichuan.BaichuanTokenizer", None]}
+    set_json(place / "tokenizer_config.json", tokenizer_class="BaichuanTokenizer", auto_map=own)
+    found = checks(place)
+    assert found["needs-own-code"].severity == "error" and "config-field-wrong" not in found
 
 
 def test_parts_of_one_are_looked_at_once(base: Path, tokenizer: Path) -> None:
@@ -175,6 +190,10 @@ def test_the_text_of_a_terminal() -> None:
     assert f"    -> chinese-llama merge {words}" in told and f"      {path}" in told
     assert all(len(line) <= 60 for line in told if path not in line and "->" not in line)
     indents = [len(line) - len(line.lstrip()) for line in told if line.lstrip().startswith(("many", "words"))]
+    chinese = ["词 word " * 12, "字" * 70, f"语料在/{'路径' * 20}/里"]
+    told = text(Report([], [], [replace(finding, evidence=chinese, remedy="")]), 60).splitlines()
+    told = [line for line in told if any("\u4e00" <= c <= "\u9fff" for c in line)]
+    assert [columns(line) for line in told] == [56, 52, 60, 60, 42, 96] and told[-1].strip() == chinese[-1]
     assert (
         indents == [4] * 4 + [6] + [8] * 4
     )  # what follows stands further in only where a line is one of several

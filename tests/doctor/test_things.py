@@ -197,6 +197,10 @@ def test_what_is_not_there_yet(base: Path, tmp_path: Path) -> None:
     for file in place.glob("tokenizer*"):
         file.unlink()
     assert checks(check_tokenizer(recognise(place))) == {"no-tokenizer": "note"}
+    hidden = place / ".cache/huggingface/download/a folder"  # of `hf download --local-dir`
+    hidden.mkdir(parents=True)
+    (hidden / "vN3=.9f86.incomplete").write_bytes(b"\x00")
+    assert checks(check_model(recognise(place)))["download-not-finished"] == "warning"
     (place / "model.safetensors.aria2").write_bytes(b"\x00")
     assert checks(check_model(recognise(place)))["download-not-finished"] == "error"
     (tmp_path / "zh.jsonl.crdownload").write_text("{")

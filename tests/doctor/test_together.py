@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -156,11 +157,15 @@ def test_a_vocabulary_never_shrinks(base: Path, tmp_path: Path) -> None:
     assert found(tiny.write_llama(tmp_path / "grown", 431), place) == {"vocabulary-shrinks": "error"}
 
 
-def test_a_tied_base(tmp_path: Path) -> None:
-    tied = tiny.write_base(tmp_path / "tied", tiny.base_tokenizer(), tied=True)
+def test_a_tied_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tied = tiny.write_base(tmp_path / "of 'x' \"$HOME\"", tiny.base_tokenizer(), tied=True)
     untied = tiny.write_base(tmp_path / "untied", tiny.base_tokenizer())
     place = peft_adapter(untied, tmp_path / "x", modules_to_save=["embed_tokens", "lm_head"])
     assert found(tied, place) == {"adapter-on-tied-base": "error"}
+    typed = told(tied, place)[1][0].remedy.split(" ; ")[0].partition("python ")[2]
+    monkeypatch.chdir(tmp_path / "x")
+    exec(shlex.split(typed)[1], {})
+    assert "adapter-on-tied-base" not in found(tmp_path / "x" / "untied", place)
 
 
 def test_a_quantised_base(base: Path, lora: Path, tmp_path: Path) -> None:

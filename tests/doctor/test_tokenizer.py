@@ -363,13 +363,21 @@ def test_what_is_said_of_damaged_files_is_true(copy: Path, base: Path, tmp_path:
 
 
 def test_a_model_that_ends_with_another_token(base: Path, tmp_path: Path) -> None:
-    """Several ends are fine, as long as the tokenizer's is one."""
+    """Several ends are fine, as long as the tokenizer's is one; generation_config.json goes before config.json."""
     place = shutil.copytree(base, tmp_path / "model")
     for ends, told in ((7, True), ([7, 9], True), ([2, 7], False)):
         change(place / "generation_config.json", lambda content, ends=ends: content | {"eos_token_id": ends})
         assert ("special-ids-differ" in findings(place)) == told
-    change(place / "config.json", lambda content: content | {"bos_token_id": 0, "eos_token_id": 1})
-    assert len(findings(place)["special-ids-differ"].evidence) == 2
+    change(place / "config.json", lambda content: content | {"bos_token_id": 0, "eos_token_id": 5})
+    assert "special-ids-differ" not in findings(place)
+    change(place / "generation_config.json", lambda content: content | {"bos_token_id": None})
+    found = findings(place)["special-ids-differ"]
+    assert "stop" not in found.what and found.evidence == [
+        "config.json: bos_token_id 0; the tokenizer's '<s>' is 1"
+    ]
+    (place / "generation_config.json").unlink()
+    found = findings(place)["special-ids-differ"]
+    assert "does not stop" in found.what and len(found.evidence) == 2
 
 
 def test_chinese_words_that_sentencepiece_cuts_out(base: Path, tmp_path: Path) -> None:

@@ -210,9 +210,14 @@ def test_a_model_that_has_a_temperature_of_its_own_is_asked_without_one() -> Non
         assert ["temperature" in asked for asked in server.asked] == [True, False, False, False]
 
 
-def test_an_answer_that_repeats_the_key_is_kept_without_it() -> None:
-    with serving(says(f"I was given {KEY}.")) as server:
-        assert endpoint(server.url).ask(MESSAGES) == "I was given ***."
+def test_a_refusal_that_only_quotes_the_word_temperature_changes_nothing() -> None:
+    filtered = status(400, '{"error": {"message": "filtered: what temperature has it?"}}')
+    with serving(in_turn(filtered, filtered, says("好"))) as server:
+        judge = endpoint(server.url)
+        with pytest.raises(Refused, match="filtered"):
+            judge.ask(MESSAGES)
+        assert judge.ask(MESSAGES) == "好"
+        assert ["temperature" in asked for asked in server.asked] == [True, False, True]
 
 
 @pytest.mark.parametrize("code", [400, 413, 422])

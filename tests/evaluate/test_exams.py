@@ -89,10 +89,35 @@ def test_json_lines_in_the_place_of_csv_files(tmp_path: Path) -> None:
     file.write_text(json.dumps(line) + "\n")
     ((one,),) = [splits["test"] for splits in read_exam(find_exam("cmmlu"), tmp_path, 0).values()]
     assert (list(one.texts.values()), one.file, one.line) == (["问", "1", "2", "", "4", "B"], str(file), 1)
-    for bad, what in (([line], "holds a list where a question"), ({"A": 1}, "has no column 'question'")):
+    empty = line | {"Question": None}
+    for bad, what in (
+        ([line], "holds a list where a question"),
+        ({"A": 1}, "has no column 'question'"),
+        (empty, "the question is empty"),
+    ):
         file.write_text(json.dumps(line) + "\n" + json.dumps(bad) + "\n")
         with pytest.raises(BadFile, match=f"arts.jsonl, line 2: {what}"):
             read_exam(find_exam("cmmlu"), tmp_path, 0)
+
+
+def test_other_data_beside_an_exam_do_not_hide_it(tmp_path: Path) -> None:
+    cmmlu = write_exam(tmp_path / "exams" / "cmmlu", "cmmlu", {"arts": 2})
+    (tmp_path / "exams" / "alpaca").mkdir()
+    (tmp_path / "exams" / "alpaca" / "test.jsonl").write_text("{}\n")
+    told = find_exam("cmmlu")
+    assert read_exam(told, tmp_path / "exams", 5) == read_exam(told, cmmlu, 5)
+
+
+@pytest.mark.parametrize(
+    "names", [("test/arts.csv", "test/arts.jsonl"), ("arts/test-0.csv", "arts/test-1.csv")]
+)
+def test_two_files_of_a_subject_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        write_csv(tmp_path / name, HEADERS["cmmlu"], [["0", "问", "1", "2", "3", "4", "A"]])
+    with pytest.raises(
+        BadFile, match=f"{names[1]}: is a second file of 'arts', beside .*{names[0]}; keep one"
+    ):
+        read_exam(find_exam("cmmlu"), tmp_path, 0)
 
 
 def test_texts_stay_as_they_are_written(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,26 +217,62 @@ def test_memory_is_bounded_and_the_longest_come_first(
     assert sorted(found) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize(("device", "rows"), [("cuda", [12]), ("cpu", [10, 2])])
+def test_a_cpu_gets_smaller_batches(
+    device: str, rows: list[int], model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed = SimpleNamespace(device=torch.device(device), config=model.config)
+    asked: list[int] = []
+    monkeypatch.setattr(module, "steps", lambda _, __, batch, *rest: asked.append(len(batch)) or iter(()))
+    assert len(list(answer_all(placed, tokenizer, [[5] * 100] * 12, 2, 0.0, [0] * 12))) == 12
+    assert asked == rows
+
+
+class Small:
+    """A model on a GPU that holds keys and values of so many tokens; `batches`: the rows of each that was begun."""
+
+    def __init__(self, model: Any, tokens: int) -> None:
+        self.model, self.tokens = model, tokens
+        self.config, self.device = model.config, model.device
+        self.batches: list[int] = []
+
+    def __call__(self, **given: Any) -> Any:
+        if given["past_key_values"] is None:
+            self.batches.append(len(given["input_ids"]))
+        if given["attention_mask"].numel() > self.tokens:
+            raise torch.OutOfMemoryError
+        return self.model(**given)
+
+
 def test_where_memory_is_small_batches_are(model: Any, tokenizer: Any) -> None:
     prompts = [[tokenizer.bos_token_id, *range(260, 260 + length)] for length in (3, 40, 5, 9, 9, 2)]
     wanted = sorted(answer_all(model, tokenizer, prompts, 6, 0.0, [0] * 6))
-
-    class Small:
-        """The model on a GPU that holds keys and values of so many tokens."""
-
-        config, device = model.config, model.device
-
-        def __init__(self, tokens: int) -> None:
-            self.tokens = tokens
-
-        def __call__(self, **given: Any) -> Any:
-            if given["attention_mask"].numel() > self.tokens:
-                raise torch.OutOfMemoryError
-            return model(**given)
-
-    assert sorted(answer_all(Small(50), tokenizer, prompts, 6, 0.0, [0] * 6)) == wanted
+    assert sorted(answer_all(Small(model, 50), tokenizer, prompts, 6, 0.0, [0] * 6)) == wanted
     with pytest.raises(UserError, match="does not hold the model and a prompt of 41 tokens with its answer"):
-        list(answer_all(Small(40), tokenizer, prompts, 6, 0.0, [0] * 6))
+        list(answer_all(Small(model, 40), tokenizer, prompts, 6, 0.0, [0] * 6))
+
+
+def test_an_answer_that_ended_before_memory_ran_out_is_not_given_again(tokenizer: Any) -> None:
+    letters = byte_ids(tokenizer, "abcdefghij")
+    small = Small(parrot(tokenizer, [*letters, tokenizer.eos_token_id]), 12)
+    prompts = [[tokenizer.bos_token_id, letters["abcdefghij".index(letter)]] for letter in "iab"]
+    found = list(answer_all(small, tokenizer, prompts, 12, 0.0, [0] * 3))
+    assert found == [(0, "j"), (1, "bcdefghij"), (2, "cdefghij")]
+    assert small.batches == [3, 1, 1], "half a batch at once, however little of the budget it was"
+
+
+def test_frequencies_of_longrope_are_those_of_a_prompt_alone(tokenizer: Any) -> None:
+    factors: dict[str, Any] = {"short_factor": [1.0] * 4, "long_factor": [30.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, **factors}
+    settings = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, initializer_range=1.0, rope_parameters=rope,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(settings).eval()
+    prompts = [[tokenizer.bos_token_id, *range(270, 270 + length)] for length in (4, 40)]
+    one = [text for ids in prompts for _, text in answer_all(model, tokenizer, [ids], 8, 0.0, [0])]
+    assert [text for _, text in sorted(answer_all(model, tokenizer, prompts, 8, 0.0, [0, 0]))] == one
 
 
 @pytest.mark.parametrize("temperature", [1e-310, 1e-40, 1e-9])

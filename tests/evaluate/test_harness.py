@@ -80,7 +80,12 @@ def test_wikitext_of_documents_longer_than_a_window(extended: Path, reader: Any,
     for start in range(room, len(ids), room):
         end = min(start + room, len(ids))
         nats -= log_probability(model, whole[end - room : start + 1], whole[start + 1 : end + 1])
+    read: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
     told = wikitext(model, reader, tmp_path / "text.txt")
+    assert max(read) == room, "no more than the model reads"
     assert told["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
     assert told["words"] == 1 and nats > 709, "a number that exp cannot hold"
     assert math.isfinite(told["word_perplexity"])
@@ -126,6 +131,13 @@ def test_wikitext_itself_is_measured_as_the_harness_does(
     assert (told["documents"], told["words"], told["bytes"]) == (2, words, size)
     assert told["bits_per_byte"] == pytest.approx(-sum(found) / math.log(2) / size, rel=1e-4)
     assert math.log(told["word_perplexity"]) == pytest.approx(-sum(found) / words, rel=1e-4)
+
+
+def test_a_title_amid_other_documents_is_a_document(model: Any, reader: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n = Title =\ntwo\nthree\n")
+    (tmp_path / "b.txt").write_text(" = Title =\n\nof an article\n")
+    (tmp_path / "c.txt").write_text("four\n")
+    assert wikitext(model, reader, tmp_path)["documents"] == 4 + 1 + 1
 
 
 def test_wikitext_of_no_text_is_one_sentence(model: Any, reader: Any, tmp_path: Path) -> None:

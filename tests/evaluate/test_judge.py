@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -285,11 +286,18 @@ def test_when_one_worker_gives_up_no_other_goes_on(tmp_path: Path) -> None:
         assert len(server.asked) == count
 
 
-def test_the_key_is_not_written(tmp_path: Path) -> None:
-    write(tmp_path, PAIRS)
-    with serving(by_texts(good)) as server:
-        run(tmp_path, server)
-    assert KEY not in (tmp_path / JUDGEMENTS).read_text()
+def test_the_key_is_not_kept_or_told_and_changes_no_verdict(tmp_path: Path) -> None:
+    write(tmp_path, PAIRS[:1])
+    for said, told in ((f"I was given {KEY}.", "I was given ***."), ("x" * 70 + KEY, "x" * 70 + "***")):
+        with serving(says(said)) as server, pytest.raises(UserError, match=re.escape(f"(last: '{told}').")):
+            run(tmp_path, server)
+    for key in (KEY, "1", "better"):
+        with serving(says(json.dumps({"reason": key, "better": 1}))) as server:
+            assert judge(tmp_path, Endpoint(server.url, f"judge of {key}", key, 10.0, 0))["ties"] == 1
+    replies = [record["said"] for record in kept(tmp_path)]
+    assert replies == [text for text in (
+        '{"reason": "***", "better": 1}', '{"reason": "***", "better": ***}', '{"reason": "***", "***": 1}'
+    ) for _ in range(2)]  # fmt: skip
 
 
 # --- what stands

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from chinese_llama.evaluate.report.values import columns
 from chinese_llama.evaluate.table import WIDE, aligned, told
+from chinese_llama.terminal import columns
 
 LONG = "a-model-with-a-rather-long-name"
 
@@ -70,11 +70,20 @@ def test_models_that_saw_other_windows_are_named() -> None:
     )
 
 
+def test_names_that_would_be_cut_alike_are_letters() -> None:
+    names = ["first/checkpoint-final-merged", "second/checkpoint-final-merged"]
+    found = comparison(names[1], -0.5, [-0.6, -0.4], "better") | {"baseline": names[0]}
+    lines = told([model(name) for name in names], [found]).splitlines()
+    assert lines[:2] == [f"A  models/{names[0]}", f"B  models/{names[1]}"]
+    assert [line[:2] for line in lines[6:8]] == ["A ", "B "]
+    assert "Bits against A:" in lines and any(line.startswith("B  -50.0 %") for line in lines)
+
+
 def test_unknown_tokens_few_documents_and_huge_figures_are_told() -> None:
     odd = model("base", 1e6)
     odd["texts"]["中文"] |= {"unknown": 4362, "documents": 1, "interval": {"bits_per_character": None}}
     text = told([odd, model("ours")], [comparison("ours", 0.5, None, "one document shows nothing")])
-    assert "base: 10.0% of the tokens are unknown; what they hide costs no bits." in text
+    assert "base: 4,362 of 43,621 tokens are unknown; what they hide costs no bits." in text
     assert "中文: 1 document, " in text and "Only" not in text
     assert "ours  +50.0 %                 one document shows nothing" in text
     assert ["1.500", "4.2e+06", "1.8e+06", "7.1e+10", "250,400,000"] in [

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+
+from chinese_llama.terminal import columns
 
 ARROW = "→"
 HUGE = 1e12  # numbers from here on are written with powers of ten
@@ -91,12 +92,6 @@ def language(text: str) -> str:
     if KANA.search(text):
         return "ja"
     return "zh-Hans" if HAN.search(text) else ""
-
-
-def columns(text: str) -> int:
-    """Columns that a text takes in a terminal: two for a wide character, none for a combining one."""
-    wide = {"W": 2, "F": 2}
-    return sum(0 if unicodedata.combining(c) else wide.get(unicodedata.east_asian_width(c), 1) for c in text)
 
 
 def cut(text: str, width: int) -> str:

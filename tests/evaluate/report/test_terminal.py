@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chinese_llama.evaluate.report import terminal
-from chinese_llama.evaluate.report.values import columns
+from chinese_llama.terminal import columns
 from tests.evaluate.report.adaptations import damaged, odd, whole
 
 

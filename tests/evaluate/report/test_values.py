@@ -12,6 +12,7 @@ from chinese_llama.evaluate.report import values
 from chinese_llama.evaluate.report.exams import accuracy
 from chinese_llama.evaluate.report.twin import markdown
 from chinese_llama.evaluate.report.values import Measure
+from chinese_llama.terminal import columns
 from tests.evaluate.report.adaptations import whole
 
 
@@ -98,7 +99,7 @@ def test_clean_text_can_be_written_and_stays(text: str) -> None:
 @given(st.text(), st.integers(1, 40))
 def test_cut_keeps_to_the_columns(text: str, width: int) -> None:
     done = values.cut(text, width)
-    assert values.columns(done) <= width
+    assert columns(done) <= width
     assert done == text or done.endswith("…")
 
 
