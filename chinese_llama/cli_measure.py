@@ -85,7 +85,12 @@ def evaluate(
         max_regression=max_regression or None, choices=choices or None, shots=shots, wikitext=wikitext, speed=speed or None,
     )  # fmt: skip
     check_json(json_file)
-    asked = evaluation(workspace.find(), options)
+    space = workspace.find()
+    if space and not {"text", "choices", "wikitext"} & set(options):
+        from chinese_llama.adapt.subjects import texts
+
+        space.settings.eval.text = {name: str(file) for name, file in texts(space).items()}
+    asked = evaluation(space, options)
     from chinese_llama.evaluate.compare import broken
     from chinese_llama.evaluate.run import check, compared, measure, speeds
     from chinese_llama.evaluate.table import told

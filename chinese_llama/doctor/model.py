@@ -209,7 +209,7 @@ def _changed(file: Path, record: dict[str, Any]) -> str:
         return "missing"
     stat = file.stat()
     if stat.st_size != record["bytes"]:
-        return f"{stat.st_size:,} bytes, then {record['bytes']:,}"
+        return f"{stat.st_size:,} bytes, {record['bytes']:,} when it was made"
     same = stat.st_mtime_ns == record["mtime_ns"] or stat.st_size > LARGE or "sha256" not in record
     return "" if same or sha256_file(file) == record["sha256"] else "another sha256"
 

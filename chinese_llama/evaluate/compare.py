@@ -25,7 +25,7 @@ BLOCK = 1 << 20  # numbers drawn at a time
 MOST = 2048  # documents are drawn one by one; more are drawn in so many groups, made at random
 EXACT = 1e-9  # a relative change below which two sums are the same: they are rounded
 BETTER, WORSE, SAME = "better", "worse", "no difference shown"
-ALONE = "one document shows nothing"
+ALONE, TOO_FEW = "one document shows nothing", f"fewer than {LEAST} documents show nothing"
 
 # {"nats", "characters", "bytes"} of each document, in their order
 Documents = Mapping[str, Sequence[float]]
@@ -43,7 +43,7 @@ def compare(documents: Documents, baseline: Documents) -> dict[str, Any]:
     """{"difference", "interval", "verdict"} of a model against another on the same documents.
 
     The difference is the relative change of the bits, less than 0 where the model needs fewer; it is the same
-    per character and per byte. Fewer than LEAST documents show no difference, whatever the interval. Raises
+    per character and per byte. Fewer than LEAST documents show nothing, whatever the interval. Raises
     DoesNotFit if the documents are not the same, or the baseline needs no bits at all.
     """
     for unit in ("characters", "bytes"):
@@ -56,8 +56,9 @@ def compare(documents: Documents, baseline: Documents) -> dict[str, Any]:
         return {"difference": difference, "interval": None, "verdict": ALONE}
     mine, theirs = _resampled(documents["nats"], baseline["nats"])
     low, high = _percentiles(mine / theirs - 1, len(documents["nats"]))
-    enough = len(documents["nats"]) >= LEAST
-    verdict = BETTER if enough and high < 0 else WORSE if enough and low > 0 else SAME
+    verdict = BETTER if high < 0 else WORSE if low > 0 else SAME
+    if len(documents["nats"]) < LEAST:
+        verdict = TOO_FEW
     return {"difference": difference, "interval": [low, high], "verdict": verdict}
 
 

@@ -14,6 +14,7 @@ from chinese_llama.errors import BadFile, DoesNotFit
 from chinese_llama.hub import local
 from chinese_llama.merging.adapter import Adapter, read_object
 from chinese_llama.merging.belongings import tokenizer_of
+from chinese_llama.merging.lineage import FORCE
 from chinese_llama.merging.plan import check_base, check_lineage
 
 
@@ -69,8 +70,10 @@ class Subject:
 
 
 def check_subject(subject: Subject) -> None:
-    """Raise BadFile or DoesNotFit for what can be told without a tensor: no model or tokenizer, adapters that do
-    not belong on it."""
+    """Raise BadFile or DoesNotFit for what can be told without a tensor: no model or tokenizer, a tokenizer of
+    another size, adapters that do not belong on it."""
+    from chinese_llama.model.load import check_rows, load_tokenizer
+
     place = subject.directory
     if not place.is_dir():
         raise BadFile(place, "no such directory; a model is wanted here.")
@@ -86,8 +89,9 @@ def check_subject(subject: Subject) -> None:
         try:
             check_lineage(place, subject.adapters)
         except DoesNotFit as error:
-            told = str(error).replace("; --force merges", "; chinese-llama merge --force merges")
-            raise DoesNotFit(told) from error
+            raise DoesNotFit(str(error).replace(f"; {FORCE}", ".")) from error
+    elif isinstance(rows := read_object(place / "config.json").get("vocab_size"), int):
+        check_rows(rows, load_tokenizer(subject.tokenizer), subject.place)
 
 
 def open_subject(subject: Subject) -> tuple[Any, Any]:

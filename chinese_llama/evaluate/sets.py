@@ -79,8 +79,8 @@ def _request(space: Workspace | None, given: Given) -> tuple[Request, bool]:
         request.wikitext = space.path(ours.wikitext) if ours.wikitext else None
         if not (request.texts or request.choices or request.wikitext):
             raise UserError(
-                f"{space.file} names no texts (what eval_split holds out is measured in training only); add eval.text, or "
-                "give --text NAME=FILE."
+                f"{space.file} names no texts, and pretraining holds none out (pt_lora.eval_split); add eval.text, or give "
+                "--text NAME=FILE."
             )
     else:
         request.texts = {

@@ -63,7 +63,7 @@ def test_titles(base: Path, extended: Path, tmp_path: Path) -> None:
     assert recognise(base).title == "a model (llama), 2 layers, hidden size 32, 420 rows, float32"
     assert recognise(extended).title.endswith("made by extend-model")
     place = making.make(tmp_path / "x", base_model_name_or_path="some/base")
-    assert recognise(place).title == "a LORA adapter, r 1, alpha 2, of some/base"
+    assert recognise(place).title == "a LoRA adapter, r 1, alpha 2, of some/base"
     assert recognise(tmp_path / "no").title == "does not exist"
 
 

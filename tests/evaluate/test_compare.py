@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from chinese_llama.errors import DoesNotFit
 from chinese_llama.evaluate import compare as module
-from chinese_llama.evaluate.compare import ALONE, BETTER, SAME, WORSE, broken, compare, interval
+from chinese_llama.evaluate.compare import ALONE, BETTER, SAME, TOO_FEW, WORSE, broken, compare, interval
 
 SIZES = st.lists(st.integers(1, 400), min_size=2, max_size=30)
 
@@ -36,9 +36,10 @@ def test_documents_that_all_change_alike_leave_no_doubt(sizes: list[int], factor
     told = compare(times(first, factor), first)
     assert told["difference"] == pytest.approx(factor - 1)
     assert told["interval"] == pytest.approx([factor - 1] * 2)
-    if abs(factor - 1) > 1e-6:
-        wanted = BETTER if factor < 1 else WORSE
-        assert told["verdict"] == (wanted if len(sizes) >= 6 else SAME)  # 2 / 2 ** 5 > 0.05 > 2 / 2 ** 6
+    if len(sizes) < 6:  # 2 / 2 ** 5 > 0.05 > 2 / 2 ** 6
+        assert told["verdict"] == TOO_FEW
+    elif abs(factor - 1) > 1e-6:
+        assert told["verdict"] == (BETTER if factor < 1 else WORSE)
 
 
 def test_a_model_against_itself_shows_nothing() -> None:

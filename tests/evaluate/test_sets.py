@@ -161,7 +161,8 @@ def test_the_workspace_says_what_is_left_out(tmp_path: Path) -> None:
 
 def test_a_workspace_without_texts_says_where_to_add_them(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=rf"{FILE} names no texts \(what eval_split .* only\); add eval.text, or give --text"
+        UserError,
+        match=rf"{FILE} names no texts, and pretraining holds none out .*; add eval.text, or give --text",
     ):
         evaluation(Workspace(tmp_path / FILE, {"base": "x"}), {})
     bad = workspace(tmp_path, max_regression={"fr": 0.1})

@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chinese_llama.errors import BadFile, DoesNotFit
-from chinese_llama.model.load import check_pair, check_tokenizer, first_new_id, load_model, load_tokenizer
+from chinese_llama.model.load import (
+    check_pair,
+    check_rows,
+    check_tokenizer,
+    first_new_id,
+    load_model,
+    load_tokenizer,
+)
 from chinese_llama.vocab.proto import read_model
 from tests import tiny
 
@@ -126,6 +133,8 @@ def test_a_tokenizer_of_another_size_does_not_fit(base: Path, extended: Path, tm
         check_pair(load_model(tmp_path / "odd"), load_tokenizer(base), tmp_path / "odd")
     tiny.write_llama(tmp_path / "padded", 424)
     check_pair(load_model(tmp_path / "padded"), load_tokenizer(base), tmp_path / "padded")
+    with pytest.raises(DoesNotFit, match=r"has 420 pieces, m is a model of 480"):
+        check_rows(480, load_tokenizer(base), "m")  # an eighth of the rows is no filling
 
 
 def test_a_tokenizer_with_other_pieces_does_not_fit(base: Path, extended: Path, tmp_path: Path) -> None:

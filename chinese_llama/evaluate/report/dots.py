@@ -30,7 +30,7 @@ class Row:
     shown: str
     limit: float | None = None
     apart: bool = False  # a rule above, as before controls
-    beyond: bool = False  # the limit is passed
+    beyond: bool = False  # the limit is exceeded
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from chinese_llama.evaluate.wins import wilson
 
 NAMES = {"ceval": "C-Eval", "cmmlu": "CMMLU"}
 CHANCE = 0.25  # four options
+NAMED = 5  # subjects that are not there, before they are counted
 ACCURACY = (
     "Accuracy",
     "the share of questions answered right; guessing gives 25 %. Whiskers and brackets are 95 % intervals (1.96 "
@@ -129,7 +130,9 @@ def _categories(name: str, taken: Taken) -> Table:
     said = [f"{shots} {'example' if shots == '1' else 'examples'} before each question"] if shots else []
     said += [one_line(exam[key]) for key in ("place", "source") if one_line(exam.get(key))]
     missing = [one_line(subject) for subject in items(exam.get("missing"))]
-    said += [f"not there, and not counted: {', '.join(missing)}"] if missing else []
+    if missing:
+        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        said.append(f"not there, and not counted: {', '.join(missing[:NAMED])}{more}")
     return Table(head, rows, note=f"{'; '.join(said)}." if said else "")
 
 

@@ -245,5 +245,5 @@ def _change_cell(one: Change | None) -> Cell:
     if one is None:
         return Cell("")
     figure, between = changes(one.difference)
-    verdict = ", ".join(filter(None, [one.verdict, "limit passed" if one.broken else ""]))
+    verdict = ", ".join(filter(None, [one.verdict, "limit exceeded" if one.broken else ""]))
     return Cell(figure, f"{between} {verdict}".strip(), kind=one.kind)

@@ -81,12 +81,12 @@ def _uncompared(view: View) -> str:
 
 def _got(name: str, one: Change) -> str:
     if one.verdict not in ("better", "worse"):
-        return f"{name}: no difference shown ({_said(one)})."
+        return f"{name}: {one.verdict or SAME} ({_said(one)})."
     return f"{name} got {one.verdict}: it takes {_more(one)[0]}."
 
 
 def _kept(others: dict[str, Change]) -> list[tuple[str, str]]:
-    """What passed its limit, what got worse otherwise, what did not, and what cannot be told."""
+    """What exceeded its limit, what got worse otherwise, what did not, and what cannot be told."""
     broken = {text: one for text, one in others.items() if one.broken}
     worse = {text: one for text, one in others.items() if one.verdict == "worse" and not one.broken}
     rest = {text: one for text, one in others.items() if text not in broken and text not in worse}
@@ -94,12 +94,12 @@ def _kept(others: dict[str, Change]) -> list[tuple[str, str]]:
         [text_label(text) for text, one in rest.items() if one.verdict == verdict]
         for verdict in (BETTER, SAME)
     )
-    said = [("bad", _lost(text, one, "passed")) for text, one in broken.items()]
+    said = [("bad", _lost(text, one, "exceeded")) for text, one in broken.items()]
     if len(worse) <= SENTENCES:
         said += [(one.kind, _lost(text, one, "got worse, within")) for text, one in worse.items()]
     else:
         named = ", ".join(f"{text_label(text)} {changes(one.difference)[0]}" for text, one in worse.items())
-        said.append(("", f"More bits, but past no limit: {named}."))
+        said.append(("", f"More bits, but beyond no limit: {named}."))
     if gained:
         said.append(("", f"Fewer bits than before in {', '.join(gained)}."))
     if kept:
@@ -272,7 +272,7 @@ def _other(view: View, text: str, one: Change | None) -> Card | None:
 def _limit(one: Change | None) -> str:
     if one is None or one.limit is None:
         return "."
-    return f"; the limit of {_percent(one.limit)} is {'passed' if one.broken else 'kept'}."
+    return f"; the limit of {_percent(one.limit)} is {'exceeded' if one.broken else 'kept'}."
 
 
 def _pieces(view: View) -> Card | None:

@@ -88,7 +88,7 @@ def test_verdicts() -> None:
     texts = told["comparisons"][0]["texts"]
     texts |= {"law": texts["en"], "wiki": texts["en"]}
     assert (
-        "More bits, but past no limit: English (en) +1.0 %, code +1.0 %, law +1.0 %, wiki +1.0 %."
+        "More bits, but beyond no limit: English (en) +1.0 %, code +1.0 %, law +1.0 %, wiki +1.0 %."
         in verdict(told)
     )
     told["comparisons"] = []
@@ -156,7 +156,7 @@ def test_without_english_the_worst_other_texts_are_shown() -> None:
     told = whole()
     for stage in told["stages"]:
         stage["texts"]["law"] = stage["texts"].pop("en")
-    assert "code" in cards(told) and "law" not in cards(told)  # it passed its limit
+    assert "code" in cards(told) and "law" not in cards(told)  # it exceeded its limit
     told["comparisons"] = []
     assert {"law", "code"} <= set(cards(told))
 
@@ -254,6 +254,8 @@ def test_subjects_that_are_missing_are_named() -> None:
     told["stages"][4]["choices"][0]["missing"] = ["law", "logic"]
     del told["stages"][5]["choices"]
     assert "not there, and not counted: law, logic." in str(exams(view(told)))
+    told["stages"][4]["choices"][0]["missing"] = list("abcdefgh")
+    assert "not there, and not counted: a, b, c, d, e and 3 more." in str(exams(view(told)))
 
 
 def test_accuracy_stays_a_share() -> None:

@@ -100,7 +100,7 @@ def test_the_first_screen_answers(parsed: Page) -> None:
     said = " ".join(parsed.texts).replace("\u00a0", " ")
     for words in (
         "Chinese (zh) got better: it takes 54.5 % fewer bits.",
-        "code passed the limit of 5 %: it takes 8.4 % more bits [+7.1, +9.7].",
+        "code exceeded the limit of 5 %: it takes 8.4 % more bits [+7.1, +9.7].",
         "English (en) got worse, within the limit of 2 %: it takes 1.4 % more bits [+1.0, +1.9].",
         "The control without the new vocabulary came to 14.10 bits per character, merged to 8.10.",
         "17.80 → 8.10",
@@ -122,7 +122,7 @@ def test_tables_hold_the_figures(parsed: Page) -> None:
     assert per_byte[0] == ["base", "5.933 [5.844, 6.040]", "2.150 [2.118, 2.189]", "2.610 [2.571, 2.657]"]
     change = by_head[("change of bits", "Chinese (zh)", "English (en)", "code")]
     assert change[2][1:3] == ["−54.5 % [−55.2, −53.8] better", "+1.4 % [+1.0, +1.9] worse"]
-    assert change[2][3] == "+8.4 % [+7.1, +9.7] worse, limit passed"
+    assert change[2][3] == "+8.4 % [+7.1, +9.7] worse, limit exceeded"
     assert change[3] == ["limit", "", "+2.0 %", "+5.0 %"]
     subjects = next(table for head, table in by_head.items() if head[0] == "subject")
     assert len(subjects) == 52
