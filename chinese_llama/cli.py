@@ -96,9 +96,9 @@ def init(
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror}).") from error
     write_text(file, workspace.template(*places))
-    there = "" if directory.resolve() == Path.cwd() else f", in {directory}"
+    where = "" if directory.resolve() == Path.cwd() else f", in {directory}"
     typer.echo(
-        f"{file} is written. Check base, corpus and data in it; then{there}:\n  chinese-llama adapt --dry-run"
+        f"{file} is written. Check base, corpus and data in it; then{where}:\n  chinese-llama adapt --dry-run"
     )
 
 
