@@ -23,15 +23,9 @@ def check_harness() -> None:
         )
 
 
-def check_choices(exam: str, place: str | Path, shots: int) -> None:
-    """Raise UserError or BadFile for what would stop `multiple_choice`; no model is needed for it."""
-    check_harness()
-    read_exam(find_exam(exam), place, shots)
-
-
 def check_fits(exam: str, place: str | Path, shots: int, tokenizer: Any, window: int | None) -> None:
-    """Raise what `check_choices` raises, and BadFile for a question that is longer, without examples, than the
-    `window` tokens that a model reads (None: not known)."""
+    """Raise UserError or BadFile for what would stop `multiple_choice`, a question among it that is longer, without
+    examples, than the `window` tokens that a model reads (None: not known)."""
     check_harness()
     told = find_exam(exam)
     _check_lengths(told, read_exam(told, place, shots), tokenizer, window)

@@ -25,7 +25,6 @@ from chinese_llama.evaluate import harness
 from chinese_llama.evaluate.choices import (
     average,
     categories,
-    check_choices,
     check_fits,
     multiple_choice,
     wikitext,
@@ -329,7 +328,7 @@ def test_without_the_extra_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     told = r'^Multiple choice and WikiText-style perplexity need pip install "chinese-llama\[eval\]"\.$'
     with pytest.raises(UserError, match=told):
-        check_choices("ceval", exams["ceval"], 0)
+        check_fits("ceval", exams["ceval"], 0, None, None)
     with pytest.raises(UserError, match=told):
         multiple_choice(None, None, "ceval", exams["ceval"], 0)
     with pytest.raises(UserError, match=told):
@@ -337,11 +336,11 @@ def test_without_the_extra_it_says_what_to_install(
 
 
 def test_bad_input_is_told_before_a_model_is_loaded(exams: dict[str, Path]) -> None:
-    check_choices("ceval", exams["ceval"], 5)
+    check_fits("ceval", exams["ceval"], 5, None, None)
     with pytest.raises(BadFile, match="holds 5 examples, 6 are asked for"):
-        check_choices("ceval", exams["ceval"], 6)
+        check_fits("ceval", exams["ceval"], 6, None, None)
     with pytest.raises(UserError, match="exam 'mmlu' is unknown"):
-        check_choices("mmlu", exams["ceval"], 0)
+        check_fits("mmlu", exams["ceval"], 0, None, None)
 
 
 def test_nothing_around_it_changes(
