@@ -257,7 +257,7 @@ def _title(kind: Kind, facts: dict[str, Any], published: str | None) -> str:
     words = {
         "model": f"a model ({facts.get('model_type') or 'of no said type'})",
         "meta checkpoint": "a checkpoint in Meta's form",
-        "adapter": f"a {(facts.get('type') or 'PEFT').replace('LORA', 'LoRA')} adapter",
+        "adapter": f"a {str(facts.get('type') or 'PEFT').replace('LORA', 'LoRA')} adapter",
         "vocabulary": "a SentencePiece vocabulary",
         "data": "prepared data" if facts.get("made_by") else "data",
     }
