@@ -300,7 +300,7 @@ def _difference(found: Manifest, wanted: Manifest, settings: bool) -> str:
                 if asked
                 else f"from a {role} ({then['path']}) too"
             )
-        if then.get("config") != asked.get("config"):
+        if "config" in then and then["config"] != asked.get("config"):  # earlier versions did not record it
             return f"from a {role} with another config.json than that in {asked['path']}"
     new = json.loads(json.dumps(wanted.settings))
     for name in sorted({*found.settings, *new}) if settings else ():

@@ -143,7 +143,9 @@ def test_a_result_that_stands_is_kept(tmp_path: Path) -> None:
     assert not stands(target, wanted, force=False)
     artifact(target, **{name: getattr(wanted, name) for name in ("inputs", "settings")})
     assert stands(target, wanted, force=False)
-    moved = replace(wanted, inputs={"base": {"path": "elsewhere", "sha256": "1"}})
+    moved = replace(
+        wanted, inputs={"base": {"path": "elsewhere", "sha256": "1", "config": "of a later version"}}
+    )
     assert stands(target, moved, force=False)
     assert not stands(target, wanted, force=True)
     (target / MANIFEST).unlink()
@@ -167,7 +169,7 @@ def test_a_result_that_stands_is_kept(tmp_path: Path) -> None:
     ],
 )
 def test_the_first_difference_is_named(tmp_path: Path, change: dict[str, Any], difference: str) -> None:
-    inputs = {"base": {"path": "b", "sha256": "1"}}
+    inputs = {"base": {"path": "b", "sha256": "1", "config": "1"}}
     found = artifact(tmp_path / "a", inputs=inputs, settings={"r": 8})
     with pytest.raises(
         OutputExists, match=f"a was made {difference}; .* make it again: chinese-llama .* --force"
