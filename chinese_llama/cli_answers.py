@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chinese_llama import workspace
-from chinese_llama.commandline import EXAMPLES, Force, check_json, note_if_kept, write_json
+from chinese_llama.commandline import EXAMPLES, Below, Force, Loras, check_json, note_if_kept, write_json
 from chinese_llama.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,16 +74,8 @@ def generate(
         ),
     ] = None,
     model: Model = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="What --loras are put on.", show_default="the workspace's extended model"),
-    ] = None,
-    loras: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of --model: adapters in order, left unmerged: names, directories, hub ids, or name=directory."
-        ),
-    ] = None,
+    base: Below = None,
+    loras: Loras = None,
     against: Annotated[
         str | None, typer.Option(help="With --prompts: a second model, to compare with.")
     ] = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from chinese_llama import workspace
-from chinese_llama.commandline import EXAMPLES, check_json, given, write_json
+from chinese_llama.commandline import EXAMPLES, Below, Loras, check_json, given, write_json
 
 app = typer.Typer()
 
@@ -25,16 +25,8 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="Model directory or hub id.", show_default="the workspace's")
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="What --loras are put on.", show_default="the workspace's extended model"),
-    ] = None,
-    loras: Annotated[
-        str | None,
-        typer.Option(
-            help="Adapters in order, left unmerged: names, directories, hub ids, or name=directory."
-        ),
-    ] = None,
+    base: Below = None,
+    loras: Loras = None,
     text: Annotated[
         list[str] | None,
         typer.Option(

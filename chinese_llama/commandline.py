@@ -24,6 +24,14 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an output that exi
 Base = Annotated[
     Path | None, typer.Option(help="The base model or its tokenizer.", show_default="the workspace's")
 ]
+Below = Annotated[
+    str | None,
+    typer.Option("--base", help="What --loras are put on.", show_default="the workspace's extended model"),
+]
+Loras = Annotated[
+    str | None,
+    typer.Option(help="Adapters in order, left unmerged: names, directories, hub ids, or name=directory."),
+]
 REPEATED = ("--corpus", "--text", "--choices", "--max-regression")  # options that take several values
 EXAMPLES = "\n\n[bold]Examples[/bold]\n\n"
 
